@@ -1,0 +1,40 @@
+// The extension i2i_dist._C: the schemas of its ops, and the facts of its build. Host compiler only, no CUDA header.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+#include <vector>
+
+#ifdef I2I_WITH_CUDA
+#include "cuda/build.h"
+#endif
+
+namespace {
+
+// ops/_library.py looks for this sentence in the file before it loads the extension into a torch of another release.
+constexpr const char* kBuiltAgainst = "i2i_dist built against torch " TORCH_VERSION;
+
+pybind11::dict build_facts() {
+  pybind11::dict facts;
+  facts["torch"] = std::string(kBuiltAgainst).substr(std::string(kBuiltAgainst).rfind(' ') + 1);
+  facts["cpu"] = std::vector<std::string>{};
+  facts["cuda"] = std::vector<std::string>{};
+#ifdef I2I_WITH_CUDA
+  const int version = i2i_cuda_runtime_version();
+  facts["cuda_version"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  facts["cuda_archs"] = pybind11::str(i2i_cuda_archs()).attr("split")();
+#endif
+  return facts;
+}
+
+}  // namespace
+
+// The table of contents of the native ops: a schema here, its kernels in cpu/ and cuda/, its definition in
+// i2i_dist/ops/reference.py.
+TORCH_LIBRARY(i2i_dist, library) {}
+
+PYBIND11_MODULE(_C, module) {
+  module.def("build_facts", &build_facts, "What this extension was built from and which native ops it holds.");
+}

@@ -1,0 +1,66 @@
+"""PatchNCE over several layers: a patch of the output shall be nearest to the patch of the input at its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed
+
+from i2i_dist import ops
+
+
+def patch_nce(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    temperature: float = 0.07,
+    negatives: Literal["image", "global_batch"] = "image",
+    eps: float = 1e-7,
+) -> Tensor:
+    """Return the PatchNCE loss: mean over rows, then mean over layers.
+
+    Args:
+        queries: For each layer `[N, P, D]`, raw projections of the generated images; carry the gradient.
+        keys: For each layer `[N, P, D]`, raw projections of the source images at the same places; detached here.
+        temperature: Divides the similarities.
+        negatives: `"image"`: the other places of the same image (CUT); `"global_batch"`: the other places of all
+            images on all ranks, which must hold equally many. The mean over ranks is then what one process would
+            compute on the whole batch.
+        eps: Added to the norms.
+
+    Returns:
+        A scalar, at least fp32.
+
+    Raises:
+        ValueError: For no layers, unequal numbers of layers or another `negatives`; shapes are checked by the op.
+
+    Source: Park et al. 2020, equations 2 to 4; Han et al. 2021, equations 3 to 5.
+    """
+    if not queries or len(queries) != len(keys):
+        raise ValueError(
+            f"patch_nce was given queries of {len(queries)} layers and keys of {len(keys)}; "
+            f"it needs as many of one as of the other, and at least one."
+        )
+    if negatives not in ("image", "global_batch"):
+        raise ValueError(f"negatives {negatives!r} is not known; use 'image' or 'global_batch'.")
+    layers = []
+    for query, key in zip(queries, keys, strict=True):
+        groups, offset, key = query.size(0), 0, key.detach()
+        if negatives == "global_batch":
+            groups, (key, offset) = 1, _gather(key)
+        rows = ops.patch_nce_loss(
+            query.flatten(0, 1), key.flatten(0, 1), groups=groups, temperature=temperature, key_offset=offset, eps=eps
+        )
+        layers.append(rows.mean())
+    return torch.stack(layers).mean()
+
+
+def _gather(key: Tensor) -> tuple[Tensor, int]:
+    """Return the keys of all ranks `[W * N, P, D]` in rank order, and the row at which this rank's begin."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return key, 0
+    parts = [torch.empty_like(key) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, key.contiguous())
+    return torch.cat(parts), distributed.get_rank() * key.size(0) * key.size(1)

@@ -1,0 +1,76 @@
+"""Parts shared by the networks: instance norm, fixed resampling filters, the residual block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    """Normalise every channel of every image over its pixels: no affine, no running statistics, eps 1e-5.
+
+    Statistics and both directions' arithmetic are fp32 or better, whatever the input is.
+
+    Args:
+        x: `[N, C, H, W]`, floating point, H * W > 1.
+
+    Returns:
+        `[N, C, H, W]` in the dtype of `x`.
+
+    Source: Ulyanov et al. 2016, equation 4, with the biased variance.
+    """
+    if x.is_cuda:
+        return F.instance_norm(x)  # accumulates and saves fp32 statistics by itself, so bf16 activations stay bf16
+    # On a CPU, F.instance_norm rounds to bf16 more than once and is the slower of the two; group_norm would save
+    # bf16 statistics for the backward pass if it were given bf16.
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.group_norm(exact, exact.size(1)).to(x.dtype)
+
+
+class BlurDownsample(nn.Module):
+    """Halve an image after a fixed binomial blur: reflect pad 1, depthwise outer([1, 2, 1] / 4), stride 2.
+
+    `[N, C, H, W]` with H, W > 1 becomes `[N, C, ceil(H / 2), ceil(W / 2)]`. The filter is made in code and not saved.
+
+    Source: Zhang 2019, "Making convolutional networks shift-invariant again", filter Triangle-3.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("kernel", torch.outer(taps, taps).repeat(channels, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Blur and halve `x` `[N, C, H, W]`."""
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, self.kernel, stride=2, groups=self.kernel.size(0))
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Double `x` `[N, C, H, W]` bilinearly with half-pixel centres and clamped edges, to `[N, C, 2H, 2W]`.
+
+    It equals zero insertion followed by outer([1, 3, 3, 1]) / 16, the filter that anti-aliased generators use.
+    """
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class ResidualBlock(nn.Module):
+    """Two reflect-padded 3x3 convolutions with instance norm; no activation after the sum.
+
+    Source: Johnson et al. 2016, as CycleGAN and CUT use it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3)
+        self.conv2 = nn.Conv2d(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` `[N, C, H, W]`, H, W > 1, to the same shape."""
+        branch = self.conv1(F.pad(x, (1, 1, 1, 1), mode="reflect"))
+        branch = F.relu_(instance_norm(branch))
+        branch = self.conv2(F.pad(branch, (1, 1, 1, 1), mode="reflect"))
+        return x + instance_norm(branch)

@@ -1,0 +1,143 @@
+"""The ResNet generator of CycleGAN, CUT and DCLGAN, with feature maps tapped by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from i2i_dist.networks.blocks import BlurDownsample, ResidualBlock, instance_norm, upsample
+
+
+class ResNetGenerator(nn.Module):
+    """Image to image of the same size: 7x7 stem, two halvings, residual blocks, two doublings, 7x7 conv, tanh.
+
+    With `antialias` the halvings are conv then blur, and the doublings bilinear then conv (CUT, DCLGAN); without, they
+    are strided and transposed convolutions (CycleGAN). Both have 11,378,179 parameters at the defaults.
+
+    Args:
+        in_channels: Channels of the input image.
+        out_channels: Channels of the output image.
+        width: Channels of the stem; the blocks have four times as many.
+        blocks: Number of residual blocks.
+        antialias: Whether resampling uses the fixed filters.
+
+    Tap names are `"rgb"` (the reflect-padded image), `"down1"` and `"down2"` (raw outputs of the two halving stages'
+    convolutions) and `"block1"` to `"block<blocks>"`; these are layers 0, 4, 8, 12, 13, ... of the anti-aliased
+    official code. Convolutions in front of an instance norm have a bias, as there.
+
+    Source: Zhu et al. 2017 (appendix 7.2); Park et al. 2020 for the anti-aliased form and its taps.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        width: int = 64,
+        blocks: int = 9,
+        antialias: bool = True,
+    ) -> None:
+        super().__init__()
+        stride = 1 if antialias else 2
+        self.stem = nn.Conv2d(in_channels, width, 7)
+        self.down1 = nn.Conv2d(width, 2 * width, 3, stride=stride, padding=1)
+        self.down2 = nn.Conv2d(2 * width, 4 * width, 3, stride=stride, padding=1)
+        self.blur1: nn.Module = BlurDownsample(2 * width) if antialias else nn.Identity()
+        self.blur2: nn.Module = BlurDownsample(4 * width) if antialias else nn.Identity()
+        self.blocks = nn.ModuleList(ResidualBlock(4 * width) for _ in range(blocks))
+        self.up1 = _Doubling(4 * width, 2 * width, antialias)
+        self.up2 = _Doubling(2 * width, width, antialias)
+        self.to_image = nn.Conv2d(width, out_channels, 7)
+        self._tap_channels = {"rgb": in_channels, "down1": 2 * width, "down2": 4 * width}
+        self._tap_channels |= {f"block{i}": 4 * width for i in range(1, blocks + 1)}
+
+    def tap_channels(self, taps: Sequence[str]) -> tuple[int, ...]:
+        """Return the channel counts of the feature maps named by `taps`; ValueError for a name that is not there."""
+        for tap in taps:
+            if tap not in self._tap_channels:
+                nearest = difflib.get_close_matches(tap, self._tap_channels, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"the generator has no feature map {tap!r}; there are {', '.join(self._tap_channels)}. "
+                    f"Did you mean {nearest!r}?"
+                )
+        return tuple(self._tap_channels[tap] for tap in taps)
+
+    def forward(
+        self, image: Tensor, taps: Sequence[str] = (), encode_only: bool = False
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Translate `image`, and hand out the feature maps named by `taps`.
+
+        Args:
+            image: `[N, in_channels, H, W]` in [-1, 1]; H and W multiples of 4, at least 8.
+            taps: Names of feature maps, in any order.
+            encode_only: Stop right after the last feature map asked for.
+
+        Returns:
+            The translated image `[N, out_channels, H, W]` in [-1, 1], or None if `encode_only`; and the feature maps
+            `[N, C, h, w]` in the order of `taps`.
+
+        Raises:
+            ValueError: For a size that does not fit, or an unknown tap.
+        """
+        _check_size(image)
+        self.tap_channels(taps)
+        missing = set(taps)
+        features: dict[str, Tensor] = {}
+        x = image
+        for name, x in self._encode(image):
+            if name in missing:
+                features[name] = x
+                missing.remove(name)
+            if encode_only and not missing:
+                break
+        tapped = tuple(features[tap] for tap in taps)
+        return (None if encode_only else self._decode(x)), tapped
+
+    def _encode(self, image: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tap's name and value; nothing after a value is computed until the next is asked for."""
+        x = F.pad(image, (3, 3, 3, 3), mode="reflect")
+        yield "rgb", x
+        x = self.down1(F.relu_(instance_norm(self.stem(x))))
+        yield "down1", x
+        x = self.down2(self.blur1(F.relu_(instance_norm(x))))
+        yield "down2", x
+        x = self.blur2(F.relu_(instance_norm(x)))
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            yield f"block{number}", x
+
+    def _decode(self, x: Tensor) -> Tensor:
+        x = F.relu_(instance_norm(self.up1(x)))
+        x = F.relu_(instance_norm(self.up2(x)))
+        image: Tensor = self.to_image(F.pad(x, (3, 3, 3, 3), mode="reflect"))
+        return image.tanh()
+
+
+class _Doubling(nn.Module):
+    """Double height and width and change the channels: bilinear then 3x3 conv, or one transposed convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, antialias: bool) -> None:
+        super().__init__()
+        self.antialias = antialias
+        self.conv: nn.Module = (
+            nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            if antialias
+            else nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        doubled: Tensor = self.conv(upsample(x) if self.antialias else x)
+        return doubled
+
+
+def _check_size(image: Tensor) -> None:
+    height, width = image.shape[-2:]
+    if height % 4 or width % 4 or min(height, width) < 8:
+        fit = " x ".join(str(max(8, -(-side // 4) * 4)) for side in (height, width))
+        raise ValueError(
+            f"the generator was given images of {height} x {width}; height and width must be multiples of 4, "
+            f"at least 8. Pad them to {fit}, or crop or resize them to a size that fits."
+        )
