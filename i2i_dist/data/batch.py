@@ -1,0 +1,73 @@
+"""What the data pipeline hands to training: batches of images with their positions, and samples that were replaced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BadData(Exception):  # noqa: N818 - it tells of the data, and stops nothing
+    """A sample that cannot be used; the message is a short reason. Readers replace the sample and report it."""
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used and was replaced.
+
+    Attributes:
+        domain: The reader's name of the domain, "a" or "b".
+        key: The sample's key in its source.
+        reason: Why it could not be used, in a few words.
+        position: The global position it was drawn for.
+    """
+
+    domain: str
+    key: str
+    reason: str
+    position: int
+
+
+class HostBatch(NamedTuple):
+    """One micro-batch in host memory; pixels stay uint8 until they are on the device.
+
+    Attributes:
+        images: For each domain ("a", "b") uint8 `[N, H, W, 3]`, RGB.
+        positions: int64 `[N]`, the global positions of the samples.
+        update_position: Global position of the update's first sample.
+        bad: The samples that were replaced while this micro-batch was read.
+    """
+
+    images: dict[str, Tensor]
+    positions: Tensor
+    update_position: int
+    bad: tuple[BadSample, ...]
+
+
+class Batch(NamedTuple):
+    """One unpaired micro-batch on the device.
+
+    Attributes:
+        a: float32 `[N, 3, H, W]` in [-1, 1], contiguous.
+        b: float32 `[N, 3, H, W]` in [-1, 1], contiguous.
+        positions: int64 `[N]` on the CPU, the global positions of the samples.
+        update_position: Global position of the update's first sample.
+    """
+
+    a: Tensor
+    b: Tensor
+    positions: Tensor
+    update_position: int
+
+
+def to_device(host: HostBatch, device: torch.device) -> Batch:
+    """Copy the uint8 images to the device and normalise them there: `x / 127.5 - 1`, channels first.
+
+    The copy does not block when the images lie in pinned memory.
+    """
+
+    def normalised(domain: str) -> Tensor:
+        pixels = host.images[domain].to(device, non_blocking=True).permute(0, 3, 1, 2)  # [N, 3, H, W]
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+    return Batch(normalised("a"), normalised("b"), host.positions, host.update_position)

@@ -1,0 +1,192 @@
+"""From global positions to micro-batches: reading, replacing broken samples, and spreading work over workers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from i2i_dist.data.batch import BadData, BadSample, HostBatch
+from i2i_dist.data.decode import decode_image
+from i2i_dist.data.index import Source
+from i2i_dist.data.order import SampleOrder
+from i2i_dist.data.transforms import Transform as Transform
+from i2i_dist.draws import generator
+
+MAX_ATTEMPTS = 100  # failures in a row that mean the data set is broken, not a sample
+
+
+class UnpairedReader:
+    """Reads both domains at the same positions, each in its own order.
+
+    A domain wraps around on its own, so domains of different sizes meet in ever new pairs.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], *, seed: int, transform: Transform) -> None:
+        """Prepare to read.
+
+        Args:
+            sources: For each domain ("a", "b") where its samples are.
+            seed: The run's seed.
+            transform: What turns a decoded image into a training picture.
+
+        Raises:
+            ValueError: A source holds no sample.
+        """
+        self._sources = dict(sources)
+        self._orders = {domain: SampleOrder(source.counts, seed, domain) for domain, source in sources.items()}
+        self._seed = seed
+        self._transform = transform
+
+    def read(self, positions: range, update_position: int) -> HostBatch:
+        """Read the samples of some global positions.
+
+        Args:
+            positions: Global positions, one for each sample.
+            update_position: Global position of the update's first sample.
+
+        Returns:
+            The micro-batch, a pure function of the data set, the seed and the arguments. A sample that cannot be used
+            is replaced by another one of its domain, drawn from (seed, position, attempt), and listed in `bad`.
+
+        Raises:
+            ValueError: `MAX_ATTEMPTS` samples in a row could not be used.
+        """
+        side = self._transform.crop_size
+        bad: list[BadSample] = []
+        images = {}
+        for domain in self._sources:
+            pixels = np.empty((len(positions), side, side, 3), dtype=np.uint8)
+            for row, position in enumerate(positions):
+                image = self._usable_image(domain, position, bad)
+                pixels[row] = self._transform(image, seed=self._seed, domain=domain, position=position)
+            images[domain] = torch.from_numpy(pixels)
+        return HostBatch(images, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad))
+
+    def _usable_image(self, domain: str, position: int, bad: list[BadSample]) -> npt.NDArray[np.uint8]:
+        source = self._sources[domain]
+        index = self._orders[domain].index(position)[1]
+        failures: list[BadSample] = []
+        while len(failures) < MAX_ATTEMPTS:
+            try:
+                image = decode_image(source.read(index)[1])
+            except BadData as error:
+                failures.append(BadSample(domain, source.keys[index], str(error), position))
+                substitute = generator(self._seed, f"substitute.{domain}", position, len(failures))
+                index = int(substitute.integers(sum(source.counts)))
+            else:
+                bad += dict.fromkeys(failures)  # a substitute may be the broken sample again
+                return image
+        reasons = "\n".join(f"  {sample.key}: {sample.reason}" for sample in list(dict.fromkeys(failures))[-5:])
+        raise ValueError(
+            f"{MAX_ATTEMPTS} samples in a row of domain {domain!r} ({source.name}) could not be used, at position "
+            f"{position}. The last ones:\n{reasons}\nRestore the data set, or pack it again with launchers/pack.py, "
+            "which leaves out what cannot be read."
+        )
+
+
+class _Failure(str):
+    """A worker's message to the user; sent as a value because torch would bury an exception under a traceback."""
+
+
+class _MicroBatches(Dataset[HostBatch | _Failure]):
+    """The micro-batches of one rank, by number."""
+
+    def __init__(
+        self, reader: UnpairedReader, global_batch: int, micro_batch: int, rank: int, world: int, start: int, stop: int
+    ) -> None:
+        self._reader, self._micro, self._global, self._start = reader, micro_batch, global_batch, start
+        self._share = global_batch // world
+        self._first = rank * self._share
+        self._count = (stop - start) // global_batch * (self._share // micro_batch)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> HostBatch | _Failure:
+        update, part = divmod(number, self._share // self._micro)
+        update_position = self._start + update * self._global
+        first = update_position + self._first + part * self._micro
+        try:
+            return self._reader.read(range(first, first + self._micro), update_position)
+        except ValueError as error:
+            return _Failure(error)
+
+
+def micro_batches(
+    reader: UnpairedReader,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start: int,
+    stop: int,
+    workers: int,
+) -> Iterator[HostBatch]:
+    """Yield one rank's micro-batches, `global_batch / world / micro_batch` for each update, in order.
+
+    Update u covers the global positions `[u * global_batch, (u + 1) * global_batch)`; the rank takes a contiguous share
+    of each. Every rank gets the same number, whatever the size of the data set, and what all ranks together get does
+    not depend on their number.
+
+    Args:
+        reader: What reads the samples.
+        global_batch: Images of a domain in one update, over all ranks; a multiple of `world * micro_batch`.
+        micro_batch: Images of a domain in one micro-batch.
+        rank: This rank.
+        world: Number of ranks.
+        start: Images seen so far, a multiple of `global_batch`.
+        stop: Images seen at the end, a multiple of `global_batch`.
+        workers: Processes that read ahead; 0 reads in this process. They change nothing in what is yielded.
+
+    Raises:
+        ValueError: The sizes do not fit together, or too many samples in a row are broken.
+    """
+    if global_batch % (world * micro_batch):
+        raise ValueError(
+            f"The global batch of {global_batch} cannot be split into micro-batches of {micro_batch} on {world} ranks; "
+            f"it must be a multiple of {world * micro_batch}: change the global batch, the micro-batch or the ranks."
+        )
+    if start % global_batch or stop % global_batch:
+        raise ValueError(
+            f"Training goes from {start} to {stop} images, and both must be multiples of the global batch of "
+            f"{global_batch}: change the global batch or the number of images."
+        )
+    numbered = _MicroBatches(reader, global_batch, micro_batch, rank, world, start, stop)
+    items = (numbered[number] for number in range(len(numbered))) if workers == 0 else _loaded(numbered, workers)
+    return _checked(items)
+
+
+def _checked(items: Iterator[HostBatch | _Failure]) -> Iterator[HostBatch]:
+    for item in items:
+        if isinstance(item, _Failure):
+            raise ValueError(item)
+        yield item
+
+
+def _loaded(numbered: _MicroBatches, workers: int) -> Iterator[HostBatch | _Failure]:
+    loader = DataLoader(
+        numbered,
+        batch_size=None,  # an item is a whole micro-batch already
+        num_workers=workers,
+        multiprocessing_context="fork",  # workers touch neither CUDA nor communicators
+        worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader draws from the process's generator, and workers change results
+    )
+    for item in loader:
+        if isinstance(item, HostBatch):
+            item = item._replace(bad=tuple(item.bad))  # the loader turns plain tuples into lists
+        yield item
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    # Ctrl-C reaches the whole process group, but it is the parent that ends training in order; and the parent's
+    # handler of SIGTERM, inherited over the fork, must not run in a worker that is told to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,44 @@
+"""Every random decision of training, as a pure function of (seed, purpose, position).
+
+Nothing here keeps state, so the number of ranks, the number of workers and a resume change nothing: whoever asks for
+the same purpose at the same position gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """Return the generator of one decision.
+
+    Args:
+        seed: The run's seed.
+        purpose: What is drawn ("order", "crop", "patch_ids.down1", ...); two purposes never share numbers.
+        key: Integers that place the decision: positions of samples, an epoch, an attempt.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+class Draws(NamedTuple):
+    """The draws of one update; a method asks it for patch positions, noise and the like.
+
+    Attributes:
+        seed: The run's seed.
+        update_position: Global position of the update's first sample. What a batch shares (patch ids, a common flip) is
+            keyed by it, so every rank and every micro-batch of the update draws the same.
+    """
+
+    seed: int
+    update_position: int
+
+    def patch_ids(self, purpose: str, locations: int, count: int) -> Tensor:
+        """Draw `min(count, locations)` distinct locations out of `locations`, as int64 `[P]` on the CPU."""
+        rng = generator(self.seed, f"patch_ids.{purpose}", self.update_position)
+        return torch.from_numpy(rng.choice(locations, size=min(count, locations), replace=False, shuffle=False))
