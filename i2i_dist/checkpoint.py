@@ -1,0 +1,290 @@
+"""Checkpoints: written by all ranks, published in one atomic step, verified before anything is believed.
+
+A checkpoint is a directory `images_000012800` with
+
+    generator.safetensors, discriminator.safetensors   each side in full shapes, whatever the ranks and ZeRO stages were
+    pool_rank_0000.safetensors, ...                    the image pool of each rank, where the method has one
+    state.json                                         images seen, updates, configuration, dataset, optimizer numbers
+    manifest.json                                      format version; size and sha256 of all of the above
+
+It is written as `.writing-...` beside its place, flushed to the disk, and renamed; whatever dies on the way leaves the
+checkpoints before it as they were. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+
+from i2i_dist import canonical, engine_state
+from i2i_dist.canonical import CanonicalFile
+from i2i_dist.distributed import barrier, from_first_rank, gather_texts, rank_and_world
+from i2i_dist.ema import Ema
+from i2i_dist.engine_state import Captured
+from i2i_dist.method import SIDES
+from i2i_dist.pool import ImagePools
+from i2i_dist.step import Sides
+
+FORMAT = 1
+_log = logging.getLogger("i2i_dist.checkpoint")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says which one and why."""
+
+
+class Skipped(NamedTuple):
+    """A checkpoint that was passed over, and why."""
+
+    path: Path
+    reason: str
+
+
+class State(NamedTuple):
+    """What `state.json` says, beside the optimizer's numbers.
+
+    Attributes:
+        images_seen: The clock of everything.
+        updates: Updates attempted so far.
+        world: Ranks that wrote the checkpoint.
+        config: The whole resolved configuration, the method's section included.
+        dataset: Domain -> fingerprint.
+    """
+
+    images_seen: int
+    updates: int
+    world: int
+    config: dict[str, Any]
+    dataset: dict[str, str]
+
+
+def directory_name(images_seen: int) -> str:
+    """Return the name of the checkpoint at `images_seen`; names sort as the numbers do."""
+    return f"images_{images_seen:012d}"
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(directory: Path, state: State, sides: Sides, ema: Ema, pools: ImagePools, keep: int) -> str | None:
+    """Write and publish a checkpoint, and remove all but the newest `keep`. Collective.
+
+    Returns:
+        None, or the reason why nothing was published; the checkpoints before are then untouched and training can go on.
+    """
+    rank, _ = rank_and_world()
+    target = directory / directory_name(state.images_seen)
+    writing = directory / from_first_rank(f".writing-{target.name}-{uuid.uuid4().hex[:8]}")
+    captured: dict[str, Captured] = {
+        side: engine_state.capture(sides[side], ema.averages if side == "generator" else {}) for side in SIDES
+    }  # fmt: skip
+    phases: list[Callable[[], None]] = [
+        lambda: _create(writing, captured) if rank == 0 else None,
+        lambda: _write_share(writing, captured, pools),
+        lambda: _publish(writing, target, state, captured) if rank == 0 else None,
+    ]
+    for phase in phases:
+        reason = _on_all_ranks(phase)
+        if reason:
+            if rank == 0:
+                shutil.rmtree(writing, ignore_errors=True)
+            return reason
+    if rank == 0:
+        _prune(directory, keep)
+    return None
+
+
+def _on_all_ranks(phase: Callable[[], None]) -> str | None:
+    """Run a phase of the save; every rank learns of the first error on any of them, and none waits for the others."""
+    reason = ""
+    try:
+        phase()
+    except OSError as error:
+        reason = f"rank {rank_and_world()[0]}: {error.strerror or error}"
+    return next((text for text in gather_texts(reason) if text), None)
+
+
+def _create(writing: Path, captured: Mapping[str, Captured]) -> None:
+    writing.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in writing.parent.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    writing.mkdir()
+    for side, part in captured.items():
+        canonical.create(writing / f"{side}.safetensors", part.tensors)
+
+
+def _write_share(writing: Path, captured: Mapping[str, Captured], pools: ImagePools) -> None:
+    for side, part in captured.items():
+        canonical.write_pieces(writing / f"{side}.safetensors", part.tensors, part.pieces)
+    if pools.size:
+        path = writing / f"pool_rank_{rank_and_world()[0]:04d}.safetensors"
+        path.write_bytes(safetensors.torch.save(pools.state()))
+        _flush(path)
+
+
+def _publish(writing: Path, target: Path, state: State, captured: Mapping[str, Captured]) -> None:
+    document = state._asdict() | {"optimizer": {side: part.scalars for side, part in captured.items()}}
+    _write_text(writing / "state.json", json.dumps(document, indent=1))
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())}
+    _write_text(writing / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
+    _flush(writing)
+    replaced = target.with_name(f".writing-replaced-{target.name}")
+    if target.exists():  # it did not verify, or training would have gone on from it
+        os.rename(target, replaced)
+    os.rename(writing, target)
+    _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    latest = target.with_name("latest")
+    _write_text(latest.with_name(".latest"), target.name + "\n")
+    os.replace(latest.with_name(".latest"), latest)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    for old in _newest_first(directory)[keep:]:
+        gone = old.with_name(f".writing-removed-{old.name}")
+        with contextlib.suppress(OSError):  # a leftover costs disk space; it must not cost the run
+            os.rename(old, gone)
+            shutil.rmtree(gone)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+def newest_verified(directory: Path) -> tuple[Path | None, list[Skipped]]:
+    """Return the newest checkpoint of a run that verifies, and those newer ones that do not."""
+    skipped = []
+    for path in _newest_first(directory):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            skipped.append(Skipped(path, str(error)))
+        else:
+            return path, skipped
+    return None, skipped
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    found = [path for path in directory.glob("images_*") if path.is_dir()] if directory.is_dir() else []
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: A file is missing, has another size, or other content; or the format is another.
+    """
+    manifest = _read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"its format is {manifest.get('format')!r}, and this version reads format {FORMAT}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or "state.json" not in files:
+        raise CheckpointError("manifest.json does not list its files")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{name} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes, and had {expected['bytes']} when it was written")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{name} has changed since it was written (its sha256 differs)")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path.name} does not hold what it should")
+    return document
+
+
+def read_state(path: Path) -> State:
+    """Return the state of a checkpoint that `verify` accepts."""
+    document = _read_json(path / "state.json")
+    return State(**{field: document[field] for field in State._fields})
+
+
+def side_file(path: Path, side: str) -> CanonicalFile:
+    """Open one side of a checkpoint for reading."""
+    numbers: dict[str, float] = _read_json(path / "state.json")["optimizer"][side]
+    return CanonicalFile(path / f"{side}.safetensors", numbers)
+
+
+# ------------------------------------------------------------------------------------------------------------ restoring
+
+
+def restore(path: Path, sides: Sides, ema: Ema, pools: ImagePools, device: torch.device) -> State:
+    """Set sides, average and pools to what a verified checkpoint holds. Collective.
+
+    At another number of ranks the pools start empty, since each belonged to a rank; everything else is the same.
+    """
+    rank, world = rank_and_world()
+    for side in SIDES:
+        source = side_file(path, side)
+        engine_state.restore(sides[side], source)
+        if side == "generator":
+            ema.restore(source)
+    state = read_state(path)
+    if pools.size and state.world == world:
+        pools.restore(safetensors.torch.load_file(path / f"pool_rank_{rank:04d}.safetensors"), device)
+    elif pools.size and rank == 0:
+        _log.warning(
+            "The checkpoint was written by %d ranks and there are %d now: the image pools start empty.",
+            state.world,
+            world,
+        )
+    barrier()
+    return state
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+    """Name every key of `sections` in which two resolved configurations differ, with both values."""
+    lines = []
+    for section in sections:
+        before, after = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys = [*before, *(key for key in after if key not in before)]
+            inner = differences(before, after, keys)
+            lines += [f"{section}.{line}" for line in inner]
+        elif before != after:
+            lines.append(f"{section}: {before!r} -> {after!r}")
+    return lines

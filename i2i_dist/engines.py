@@ -1,0 +1,224 @@
+"""One DeepSpeed engine for each side of the game; the only file that imports deepspeed.
+
+What decides the shape of this file, all of it repeated in tests/test_engines.py:
+
+* One backward per side and update over the sum of its losses: two backwards before one step are silently wrong at
+  ZeRO 1 and 2.
+* In the generator's turn the discriminator is its plain module, frozen: its engine would record the pass as its own.
+* Every backward needs its own call of the engine since the backward before, or ZeRO 3 overwrites a micro-batch.
+* `gradient_clipping` is always written: DeepSpeed clips at 1.0 where a configuration says nothing.
+* DeepSpeed does not broadcast buffers, and its gradient collectives do not follow the timeout of `init_distributed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from i2i_dist.distributed import Ranks, any_rank
+from i2i_dist.method import ParameterGroup
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.utils import groups as deepspeed_groups
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Layout(NamedTuple):
+    """How a side is spread: the batch identity micro_batch x accumulation x world = global, and the ZeRO stage."""
+
+    micro_batch: int
+    accumulation: int
+    world: int
+    stage: int = 0
+    clipping: float = 0.0
+    precision: Precision = "fp32"
+    # ZeRO 3 leaves smaller parameters whole; tests set 0, since small networks would never be partitioned otherwise.
+    persistence_threshold: int = 100_000
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """Return the device that this rank trains on."""
+    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
+    """Turn the setting `train.precision` into what the device does.
+
+    Raises:
+        ValueError: bf16 is asked of a GPU that has none.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"train.precision: given 'bf16', but {name} has no bf16; allowed here is 'fp32' or 'auto'")
+    return "bf16" if wanted == "bf16" or (wanted == "auto" and has_bf16) else "fp32"
+
+
+def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
+    """Join the process group and return this rank's device. Call once per process, before any engine is built."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    device = device_of(ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # Inference only, yet compiled for three quarters of a minute at every first start on a CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timeout,
+        rank=ranks.rank,
+        world_size=ranks.world,
+    )
+    deepspeed_groups._WORLD_GROUP = torch.distributed.new_group(list(range(ranks.world)), timeout=timeout)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class _Watch:
+    """Notices a loss or gradient that is not finite, before any reduction hides whose it was."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.bad = torch.zeros((), device=device)
+        for parameter in module.parameters():
+            parameter.register_hook(self._look)
+
+    def _look(self, value: Tensor) -> None:
+        self.bad += 1.0 - torch.isfinite(value).all().float()
+
+    def loss(self, loss: Tensor) -> None:
+        self._look(loss.detach())
+
+    def take(self) -> Tensor:
+        bad, self.bad = self.bad, torch.zeros_like(self.bad)
+        return bad
+
+
+class _Skippable:
+    """Mixed into an optimizer: while `skip` is set a step does nothing, and DeepSpeed still consumes the gradients."""
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skip else super().step(closure)  # type: ignore[misc]
+
+
+class SideEngine:
+    """One side: its module, optimizer and ZeRO stage."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        layout: Layout,
+        device: torch.device,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        **options: Any,
+    ) -> None:
+        self.layout, self.device = layout, device
+        module.to(device)
+        if layout.world > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self._watch = _Watch(module, device)
+        skippable = type(f"Skippable{optimizer.__name__}", (_Skippable, optimizer), {})
+        self.optimizer: Any = skippable(
+            [
+                {"name": group.name, "params": list(group.parameters), "lr": group.lr, "base_lr": group.lr}
+                | ({"betas": group.betas} if issubclass(optimizer, torch.optim.Adam) else {})
+                for group in groups
+            ],
+            **(options or {"fused": True}),
+        )
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=_deepspeed_config(layout))
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the side's forward, to be followed by `backward`."""
+        return self.engine(*inputs)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Callable[..., Any]]:
+        """Yield the side as a judge that passes gradients to its inputs and collects none."""
+
+        def judge(*inputs: Any) -> Any:
+            with autocast_if_enabled(self.engine):
+                return self.module(*inputs)
+
+        self.module.requires_grad_(False)
+        try:
+            yield judge
+        finally:
+            self.module.requires_grad_(True)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the side's plain module computes as its engine does."""
+        context: contextlib.AbstractContextManager[None] = autocast_if_enabled(self.engine)
+        return context
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Back-propagate the sum of the side's losses for one micro-batch; `last` marks the update's last one."""
+        self._watch.loss(loss)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # short of the boundary this only counts the micro-batch
+
+    def step(self, *, skip: bool) -> None:
+        """Finish the update; with `skip` its gradients are consumed and nothing changes."""
+        self.optimizer.skip = skip
+        try:
+            self.engine.step()
+        finally:
+            self.optimizer.skip = False
+
+    def set_learning_rate(self, factor: float) -> dict[str, float]:
+        """Set every group to its own rate times `factor` and return the rates by group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+
+def any_not_finite(sides: Sequence[SideEngine]) -> bool:
+    """Say whether any rank has met a loss or gradient that is not finite in any of these sides since the last call."""
+    return any_rank(torch.stack([side._watch.take() for side in sides]).sum().reshape(1))[0]
+
+
+def _deepspeed_config(layout: Layout) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": layout.stage}
+    if layout.stage == 3:
+        zero["stage3_param_persistence_threshold"] = layout.persistence_threshold
+    return {
+        "train_batch_size": layout.micro_batch * layout.accumulation * layout.world,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": layout.clipping,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        # Parameters stay fp32; an empty list of "safe" modules keeps gradients in fp32 on the wire too.
+        "torch_autocast": {
+            "enabled": layout.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+    }

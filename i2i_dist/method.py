@@ -1,0 +1,94 @@
+"""The protocol behind which every paper stands: two sides, their losses, and whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from i2i_dist.data.batch import Batch
+
+Side = Literal["generator", "discriminator"]
+SIDES: tuple[Side, Side] = ("generator", "discriminator")
+Direction = Literal["a_to_b", "b_to_a"]
+
+# Name -> scalar that already carries its weight; a side's loss is the sum of all of them.
+Losses = dict[str, Tensor]
+
+# The discriminator side as the losses see it: the method's own CriticInput -> its own CriticOutput. In the
+# discriminator's turn it trains; in the generator's turn it is frozen and only passes gradients on to the images.
+Judge = Callable[[Any], Any]
+
+
+class Turn(NamedTuple):
+    """One side's turn in an update.
+
+    Attributes:
+        side: Who trains.
+        stream: Which stream of the method's `streams` feeds it.
+        fresh_batch: Whether new images are drawn for it, or those of the turn before are used again.
+    """
+
+    side: Side
+    stream: str
+    fresh_batch: bool
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that share hyperparameters of Adam; `lr` is the rate at factor 1 of the schedule."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    lr: float
+    betas: tuple[float, float]
+
+
+class Method(Protocol):
+    """A paper. No base class: a method's file shows all that happens.
+
+    Each side is one module whose only entry is `forward`:
+    `generator(batch, draws) -> Outputs` and `discriminator(CriticInput) -> CriticOutput`, both NamedTuples of the
+    method's own. `generator(batch, None)` makes the fakes alone, for a discriminator's turn without a shared graph.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]  # preset -> values that differ from Config's defaults
+    streams: ClassVar[tuple[str, ...]]
+    directions: ClassVar[tuple[Direction, ...]]
+
+    def __init__(self, config: Any, init: torch.Generator) -> None:
+        """Build both sides; `init` is the generator that the initial weights are drawn from."""
+
+    @property
+    def generator(self) -> nn.Module:
+        """The generator's side: generators, heads, encoders."""
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """The discriminator's side: critics."""
+
+    @property
+    def pool_size(self) -> int:
+        """Fakes per domain that the image pool holds; 0 means none."""
+
+    @property
+    def fakes(self) -> tuple[str, ...]:
+        """The fields of Outputs that the discriminator sees, detached and by way of the pool; the rest has defaults."""
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        """Say what update number `update` does, in order."""
+
+    def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
+        """Every trained parameter, exactly once."""
+
+    def generator_loss(self, batch: Batch, outputs: Any, judge: Judge, images_seen: int) -> Losses:
+        """What the generator's side minimises."""
+
+    def discriminator_loss(self, batch: Batch, outputs: Any, judge: Judge, images_seen: int) -> Losses:
+        """What the discriminator's side minimises; `outputs` holds only the fakes, detached, from the pool."""
+
+    def translate(self, image: Tensor, direction: Direction) -> Tensor:
+        """Translate float images [N, 3, H, W] in [-1, 1], H and W divisible by 4."""

@@ -1,0 +1,39 @@
+"""All methods by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from i2i_dist.config import ConfigError, validate
+from i2i_dist.method import Method
+from i2i_dist.methods.cyclegan import CycleGAN
+from i2i_dist.methods.dclgan import DCLGAN
+
+METHODS: dict[str, type[Method]] = {"cyclegan": CycleGAN, "dclgan": DCLGAN}
+
+
+def resolve(section: Mapping[str, Any]) -> tuple[type[Method], BaseModel]:
+    """Return the class that a configuration's section `method` names, and its validated hyperparameters.
+
+    The preset's values stand in for everything the section does not say.
+
+    Raises:
+        ConfigError: Unknown name, preset or key, or an impossible value.
+    """
+    name = _choice("method.name", section.get("name"), METHODS)
+    method = METHODS[name]
+    preset = _choice("method.preset", section.get("preset", "official"), method.PRESETS)
+    return method, validate(method.Config, {**method.PRESETS[preset], **section, "preset": preset}, prefix="method.")
+
+
+def _choice(key: str, given: Any, known: Mapping[str, Any]) -> str:
+    if isinstance(given, str) and given in known:
+        return given
+    nearest = difflib.get_close_matches(str(given), list(known), n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    given_text = "nothing" if given is None else repr(given)
+    raise ConfigError(f"{key}: given {given_text}, allowed is one of {', '.join(sorted(known))}{hint}")

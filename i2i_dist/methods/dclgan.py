@@ -1,0 +1,194 @@
+"""DCLGAN: Dual Contrastive Learning for Unsupervised Image-to-Image Translation (Han et al., CVPRW 2021).
+
+Two generators, two critics, and one projection head for each domain. A patch of the translation must resemble, among
+all patches of the picture it was made from, the one at its own place (PatchNCE), with the two domains embedded by two
+different encoders: those of the generators that read them.
+
+`official` is what the released code does. `paper` follows the text where the two differ: learning rate 1e-4, a pool of
+50 images, losses without the common factor 1/2. The rate of the heads, 1e-3 with Adam's default betas, stands in the
+code alone; the paper does not mention it, so `paper` gives the heads the rate of the generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from i2i_dist.config import NotNegative, Positive, Section, Weight
+from i2i_dist.data.batch import Batch
+from i2i_dist.draws import Draws
+from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
+from i2i_dist.losses.cycle import l1
+from i2i_dist.losses.patch_nce import patch_nce
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.networks.critics import CriticPair, DomainPair
+from i2i_dist.networks.init import initialise
+from i2i_dist.networks.patchgan import PatchGAN
+from i2i_dist.networks.projection import ProjectionHead, take
+from i2i_dist.networks.resnet import ResNetGenerator
+
+
+class Hyperparameters(Section):
+    """What a configuration's section `method` may say; the defaults are the preset `official`."""
+
+    name: Literal["dclgan"] = "dclgan"
+    preset: Literal["official", "paper"] = "official"
+    width: Positive = 64  # channels of the generators' first convolution
+    blocks: Annotated[int, Field(ge=1)] = 9
+    critic_width: Positive = 64
+    head_dim: Positive = 256
+    nce_layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("down1", "down2", "block1", "block5")
+    nce_patches: Positive = 256
+    temperature: Annotated[float, Field(ge=0.01, le=1)] = 0.07
+    negatives: Literal["image", "global_batch"] = "image"  # which patches a patch is told apart from
+    adversarial: Literal["hinge", "hinge_standard", "lsgan", "vanilla"] = "hinge"
+    lambda_gan: Weight = 1.0
+    lambda_nce: Weight = 2.0
+    lambda_identity: Weight = 1.0
+    halved: bool = True  # the released code multiplies every generator term by 1/2
+    pool_size: NotNegative = 0
+    lr: Weight = 2e-4
+    lr_heads: Weight = 1e-3
+    betas: tuple[float, float] = (0.5, 0.999)
+    betas_heads: tuple[float, float] = (0.9, 0.999)
+
+
+class Outputs(NamedTuple):
+    """What the generator's side makes of a batch; without draws only the fakes.
+
+    Features are one tensor [N, P, D] for each tapped layer: `keys_a` those of real A, `queries_a` those of fake A.
+    """
+
+    fake_a: Tensor
+    fake_b: Tensor
+    identity_a: Tensor | None = None
+    identity_b: Tensor | None = None
+    keys_a: tuple[Tensor, ...] = ()
+    keys_b: tuple[Tensor, ...] = ()
+    queries_a: tuple[Tensor, ...] = ()
+    queries_b: tuple[Tensor, ...] = ()
+
+
+class Generators(nn.Module):
+    """The generator's side: G: A -> B, F: B -> A, and the heads H_A, H_B over their encoders."""
+
+    def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
+        super().__init__()
+        self.layers, self.patches = config.nce_layers, config.nce_patches
+        size: dict[str, Any] = {"width": config.width, "blocks": config.blocks, "antialias": True}
+        self.generator_ab, self.generator_ba = ResNetGenerator(**size), ResNetGenerator(**size)
+        channels = self.generator_ab.tap_channels(self.layers)
+        self.head_a, self.head_b = ProjectionHead(channels, config.head_dim), ProjectionHead(channels, config.head_dim)
+        initialise(self, "xavier", generator=init)
+
+    def forward(self, batch: Batch, draws: Draws | None) -> Outputs:
+        """Translate both ways; with draws also the identity passes and the features of the patches drawn.
+
+        Each generator sees source and identity input in one pass, and the keys are tapped from that pass instead of
+        encoding the source again: the norms are per image, so both are exact.
+        """
+        if draws is None:
+            fake_b, _ = self.generator_ab(batch.a)
+            fake_a, _ = self.generator_ba(batch.b)
+            return Outputs(fake_a, fake_b)
+        images = len(batch.a)
+        out_b, taps_a = self.generator_ab(torch.cat([batch.a, batch.b]), self.layers)
+        out_a, taps_b = self.generator_ba(torch.cat([batch.b, batch.a]), self.layers)
+        (fake_b, identity_b), (fake_a, identity_a) = out_b.split(images), out_a.split(images)
+        _, taps_fake_b = self.generator_ba(fake_b, self.layers, encode_only=True)
+        _, taps_fake_a = self.generator_ab(fake_a, self.layers, encode_only=True)
+        ids_ab, ids_ba = self._ids("ab", taps_a, draws), self._ids("ba", taps_b, draws)
+        with torch.no_grad():  # the loss takes no gradient through its keys
+            keys_a = self.head_a([take(tap[:images], ids) for tap, ids in zip(taps_a, ids_ab, strict=True)])
+            keys_b = self.head_b([take(tap[:images], ids) for tap, ids in zip(taps_b, ids_ba, strict=True)])
+        queries_b = self.head_b([take(tap, ids) for tap, ids in zip(taps_fake_b, ids_ab, strict=True)])
+        queries_a = self.head_a([take(tap, ids) for tap, ids in zip(taps_fake_a, ids_ba, strict=True)])
+        return Outputs(fake_a, fake_b, identity_a, identity_b, keys_a, keys_b, queries_a, queries_b)
+
+    def _ids(self, direction: str, taps: Sequence[Tensor], draws: Draws) -> list[Tensor]:
+        """Draw the patches of one direction: one set of positions per layer, shared by all images of the update."""
+        return [
+            draws.patch_ids(f"{direction}.{layer}", tap[0, 0].numel(), self.patches).to(tap.device)
+            for layer, tap in zip(self.layers, taps, strict=True)
+        ]
+
+
+class DCLGAN:
+    """Both sides and their losses."""
+
+    Config: ClassVar[type[BaseModel]] = Hyperparameters
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "official": {},
+        "paper": {"lr": 1e-4, "lr_heads": 1e-4, "betas_heads": [0.5, 0.999], "pool_size": 50, "halved": False},
+    }
+    streams: ClassVar[tuple[str, ...]] = ("unpaired",)
+    directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
+    fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
+
+    def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
+        self.config = config
+        self.pool_size = config.pool_size
+        self.generator = Generators(config, init)
+        critic_a, critic_b = PatchGAN(width=config.critic_width), PatchGAN(width=config.critic_width)
+        self.discriminator = CriticPair(critic_a, critic_b)
+        initialise(self.discriminator, "xavier", generator=init)
+
+    def turns(self, update: int) -> tuple[Turn, ...]:
+        """Discriminator first; both turns share the batch."""
+        return Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+
+    def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
+        """Generators and critics share rate and betas; the heads have their own."""
+        config, side = self.config, self.generator
+        generators = [*side.generator_ab.parameters(), *side.generator_ba.parameters()]
+        heads = [*side.head_a.parameters(), *side.head_b.parameters()]
+        return {
+            "generator": (
+                ParameterGroup("generators", generators, config.lr, config.betas),
+                ParameterGroup("heads", heads, config.lr_heads, config.betas_heads),
+            ),
+            "discriminator": (
+                ParameterGroup("critics", list(self.discriminator.parameters()), config.lr, config.betas),
+            ),
+        }
+
+    def generator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
+        """Adversarial, PatchNCE and identity terms of both directions (paper, equation 8)."""
+        config = self.config
+        assert outputs.identity_a is not None and outputs.identity_b is not None
+        half = 0.5 if config.halved else 1.0
+        logits = judge(DomainPair(outputs.fake_a, outputs.fake_b))
+
+        def nce(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+            # The released code takes the cosine of rows it has already normalised, which leaves no eps.
+            return patch_nce(queries, keys, temperature=config.temperature, negatives=config.negatives, eps=0.0)
+
+        return {
+            "gan_ab": half * config.lambda_gan * generator_loss(config.adversarial, logits.b),
+            "gan_ba": half * config.lambda_gan * generator_loss(config.adversarial, logits.a),
+            "nce_ab": half * config.lambda_nce * nce(outputs.queries_b, outputs.keys_a),
+            "nce_ba": half * config.lambda_nce * nce(outputs.queries_a, outputs.keys_b),
+            "identity_a": half * config.lambda_identity * l1(outputs.identity_a, batch.a),
+            "identity_b": half * config.lambda_identity * l1(outputs.identity_b, batch.b),
+        }
+
+    def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
+        """Half the sum of the real and the fake term, for each critic; one pass over both."""
+        images = len(batch.a)
+        logits = judge(DomainPair(torch.cat([batch.a, outputs.fake_a]), torch.cat([batch.b, outputs.fake_b])))
+        kind = self.config.adversarial
+        return {
+            "critic_a": 0.5 * discriminator_loss(kind, *logits.a.split(images)),
+            "critic_b": 0.5 * discriminator_loss(kind, *logits.b.split(images)),
+        }
+
+    def translate(self, image: Tensor, direction: Direction) -> Tensor:
+        """Translate images [N, 3, H, W] in [-1, 1]."""
+        side = self.generator
+        translated, _ = (side.generator_ab if direction == "a_to_b" else side.generator_ba)(image)
+        assert isinstance(translated, Tensor)
+        return translated

@@ -1,0 +1,122 @@
+"""A run's directory: which one, who may write into it, and where training goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from i2i_dist import checkpoint
+from i2i_dist.checkpoint import CheckpointError, State
+from i2i_dist.config import ConfigError
+
+_log = logging.getLogger("i2i_dist.run")
+
+
+def choose(given: str | None, config_path: Path, fresh: bool) -> Path:
+    """Return the run directory: `--run`, or `runs/` and the configuration's name; with `fresh` the next free one."""
+    base = Path(given) if given else Path("runs") / config_path.stem
+    if not fresh or not base.exists():
+        return base
+    number = 2
+    while base.with_name(f"{base.name}-{number}").exists():
+        number += 1
+    return base.with_name(f"{base.name}-{number}")
+
+
+def lock(directory: Path) -> IO[str]:
+    """Make the directory and lock it until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ConfigError: Another run holds the lock, or the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--run {directory}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"--run {directory} is in use by {holder}; wait for it, stop it, or give this run another --run"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file
+
+
+def write_config(directory: Path, text: str) -> None:
+    """Save the resolved configuration."""
+    temporary = directory / ".config.yaml"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, directory / "config.yaml")
+
+
+def find_checkpoint(directory: Path, resume: str) -> Path | None:
+    """Return the checkpoint to go on from, or None to start; says in the log what was passed over and why.
+
+    Args:
+        directory: The run directory.
+        resume: "auto" for the newest checkpoint that verifies, or the path of a checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint asked for does not verify, or none of several does.
+    """
+    if resume != "auto":
+        try:
+            checkpoint.verify(Path(resume))
+        except CheckpointError as error:
+            raise CheckpointError(f"--resume {resume}: {error}") from None
+        return Path(resume)
+    found, skipped = checkpoint.newest_verified(directory / "checkpoints")
+    for path, reason in skipped:
+        _log.warning("Skipped checkpoint %s: %s.", path, reason)
+    if found is None and skipped:
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {directory / 'checkpoints'} verifies; restore one of them, or "
+            "start over beside them with --fresh"
+        )
+    if found is not None:
+        _check_hint(found)
+    return found
+
+
+def _check_hint(found: Path) -> None:
+    """`latest` is there for people and scripts; resuming never depends on it, but a wrong one is worth a word."""
+    try:
+        named = (found.parent / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        named = ""
+    if named != found.name:
+        _log.warning(
+            "%s names '%s'; the newest checkpoint that verifies is %s.", found.parent / "latest", named, found.name
+        )
+
+
+def check_same_run(path: Path, config: Mapping[str, Any], dataset: Mapping[str, str]) -> State:
+    """Return a checkpoint's state if this run may go on from it; differences that may be are logged.
+
+    Raises:
+        ConfigError: The method or the data set is another.
+    """
+    state = checkpoint.read_state(path)
+    refused = checkpoint.differences(state.config, config, ["method"])
+    if state.dataset != dataset:
+        refused.append("data: the images differ from those the run was trained on (their fingerprints differ)")
+    if refused:
+        lines = "\n".join(f"  {line}" for line in refused)
+        raise ConfigError(
+            f"{path} cannot be continued with this configuration:\n{lines}\n"
+            "go back to what it was trained with, or start over beside it with --fresh"
+        )
+    for line in checkpoint.differences(state.config, config, [name for name in config if name != "method"]):
+        _log.info("Changed since the checkpoint: %s.", line)
+    return state

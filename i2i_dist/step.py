@@ -1,0 +1,91 @@
+"""One update, for every method: each side's turn, and what happens when a number is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from i2i_dist.data.batch import Batch
+from i2i_dist.draws import Draws
+from i2i_dist.engines import SideEngine, any_not_finite
+from i2i_dist.method import SIDES, Losses, Method, Side
+from i2i_dist.pool import ImagePools
+
+Sides = dict[Side, SideEngine]
+
+
+class Step(NamedTuple):
+    """What an update did: the mean of each loss over its micro-batches, and the sides whose step was dropped."""
+
+    losses: Losses
+    skipped: tuple[Side, ...]
+
+
+def update(
+    method: Method,
+    sides: Sides,
+    draw_batches: Callable[[str], Sequence[Batch]],  # stream -> this rank's micro-batches of one global batch
+    pools: ImagePools,
+    *,
+    seed: int,
+    number: int,
+    images_seen: int,
+) -> Step:
+    """Train both sides once, as `method.turns(number)` says.
+
+    A discriminator steps at the end of its turn, the generator at the end of the update: where it comes first, the
+    critics see fakes made before its step, and a number that is not finite drops both steps; where the discriminator
+    comes first and meets one, the rest of the update is dropped with it.
+    """
+    losses: Losses = {}
+    waiting: list[Side] = []  # sides whose gradients are complete
+    batches: Sequence[Batch] = ()
+    made: list[
+        Any
+    ] = []  # the generator's outputs for these batches: with their graph until its own turn, then detached
+    for turn in method.turns(number):
+        if turn.fresh_batch:
+            batches = draw_batches(turn.stream)
+            made = [None] * len(batches)
+        for index, batch in enumerate(batches):
+            draws = Draws(seed, batch.update_position)
+            last = index + 1 == len(batches)
+            if turn.side == "generator":
+                outputs = made[index] if made[index] is not None else sides["generator"](batch, draws)
+                with sides["discriminator"].frozen() as judge:
+                    terms = method.generator_loss(batch, outputs, judge, images_seen)
+                    sides["generator"].backward(torch.stack(list(terms.values())).sum(), last=last)
+                made[index] = _detached(method, outputs)
+            else:
+                if made[index] is None and len(batches) == 1:
+                    made[index] = sides["generator"](batch, draws)
+                with (
+                    torch.no_grad()
+                ):  # several graphs at once cost memory and confuse ZeRO 3: here fakes are made twice
+                    outputs = made[index] if made[index] is not None else sides["generator"](batch, None)
+                shown = pools.exchange(_detached(method, outputs), batch.positions)
+                terms = method.discriminator_loss(batch, shown, sides["discriminator"], images_seen)
+                sides["discriminator"].backward(torch.stack(list(terms.values())).sum(), last=last)
+            for name, term in terms.items():
+                losses[name] = losses.get(name, 0.0) + term.detach() / len(batches)
+        waiting.append(turn.side)
+        if turn.side == "discriminator" and not _step(sides, waiting):
+            return Step(losses, SIDES)
+    return Step(losses, () if _step(sides, waiting) else ("generator",))
+
+
+def _detached(method: Method, outputs: Any) -> Any:
+    return type(outputs)(**{field: getattr(outputs, field).detach() for field in method.fakes})
+
+
+def _step(sides: Sides, waiting: list[Side]) -> bool:
+    """Step all sides in `waiting`, unless any rank saw a number that is not finite; say whether they were stepped."""
+    if not waiting:
+        return True
+    bad = any_not_finite([sides[side] for side in waiting])
+    for side in waiting:
+        sides[side].step(skip=bad)
+    waiting.clear()
+    return not bad

@@ -1,0 +1,302 @@
+"""Two ranks under DeepSpeed train what a plain PyTorch loop trains in one process, at every ZeRO stage."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from i2i_dist.data.batch import Batch
+from i2i_dist.distributed import rank_and_world
+from i2i_dist.draws import Draws
+from i2i_dist.engine_state import capture
+from i2i_dist.engines import Layout, SideEngine
+from i2i_dist.methods import METHODS, resolve
+from i2i_dist.networks.projection import take
+from i2i_dist.pool import ImagePools
+from i2i_dist.step import Sides, update
+from tests.ranks import run_ranks
+
+GLOBAL_BATCH, SIZE, SEED, STEPS = 4, 32, 3, 5
+SMALL: dict[str, dict[str, Any]] = {
+    "dclgan": {
+        "width": 4, "blocks": 2, "critic_width": 4, "head_dim": 32, "nce_patches": 16,
+        "nce_layers": ["down1", "down2", "block2"], "lr": 0.01, "lr_heads": 0.02,
+    },
+    "cyclegan": {"width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0, "lr": 0.001},
+}  # fmt: skip
+CASES = list(itertools.product(SMALL, range(4), (1, 2)))
+
+
+def small_method(name: str, **changes: Any) -> Any:
+    method, config = resolve({"name": name, **SMALL[name], **changes})
+    built = method(config, torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # weights and biases of some size, so that five steps go somewhere
+        for parameter in [*built.generator.parameters(), *built.discriminator.parameters()]:
+            parameter.mul_(10.0).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
+    return built
+
+
+class ExactForward(TorchFunctionMode):
+    """Convolutions and linear layers compute in the dtype of their input, fp64 here, from their fp32 weights.
+
+    Rounding in fp32 now and then carries a value over a kink (ReLU, L1), and from there two runs drift apart whatever
+    the engines do. In fp64 what remains is the arithmetic under test: reduction, sharding, optimizer.
+    """
+
+    LAYERS = (F.conv2d, F.conv_transpose2d, F.linear)
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.LAYERS:
+            args = [arg.to(args[0].dtype) if isinstance(arg, Tensor) else arg for arg in args]
+        return function(*args, **(kwargs or {}))
+
+
+def images(step: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(100 + step)
+    a = torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1
+    b = (torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1).abs()
+    return a, b
+
+
+def micro_batches(step: int, accumulation: int) -> list[Batch]:
+    rank, world = rank_and_world()
+    a, b = images(step)
+    per_rank = GLOBAL_BATCH // world
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    positions = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
+    return [
+        Batch(*parts, step * GLOBAL_BATCH)
+        for parts in zip(
+            a[mine].chunk(accumulation), b[mine].chunk(accumulation), positions[mine].chunk(accumulation), strict=True
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------ the plain PyTorch loops
+
+
+def plain_nce(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """The papers' masked form, image by image, from cosine similarities."""
+    losses = []
+    for query, key in zip(queries, keys, strict=True):
+        for q, k in zip(query, key.detach(), strict=True):
+            similar = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
+            positive = similar.diagonal()[:, None]
+            negative = similar.masked_fill(torch.eye(len(q), dtype=torch.bool), -10.0)
+            logits = torch.cat([positive, negative], dim=1) / 0.07
+            losses.append(F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def plain_dclgan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """The released code's step: every pass on its own, discriminators first."""
+    g, d, layers = method.generator, method.discriminator, method.config.nce_layers
+    fake_b, fake_a = g.generator_ab(a)[0], g.generator_ba(b)[0]
+    identity_b, identity_a = g.generator_ab(b)[0], g.generator_ba(a)[0]
+    loss = sum(
+        0.5 * (F.relu(1 - critic(real)).mean() + F.relu(1 + critic(fake.detach())).mean())
+        for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
+    )
+    optimizers["discriminator"].zero_grad()
+    loss.backward()
+    optimizers["discriminator"].step()
+
+    d.requires_grad_(False)
+    draws = Draws(SEED, step * GLOBAL_BATCH)
+
+    def nce(direction: str, source: Tensor, fake: Tensor, encoder: Any, fake_encoder: Any, heads: Any) -> Tensor:
+        keys, queries = encoder(source, layers, encode_only=True)[1], fake_encoder(fake, layers, encode_only=True)[1]
+        ids = [
+            draws.patch_ids(f"{direction}.{layer}", math.prod(key.shape[2:]), method.config.nce_patches)
+            for layer, key in zip(layers, keys, strict=True)
+        ]
+        head_key, head_query = heads
+        return plain_nce(
+            list(head_query([take(query, i) for query, i in zip(queries, ids, strict=True)])),
+            list(head_key([take(key, i) for key, i in zip(keys, ids, strict=True)])),
+        )
+
+    loss = (
+        0.5 * (F.relu(1 - d.critic_b(fake_b)).mean() + F.relu(1 - d.critic_a(fake_a)).mean())
+        + 0.5 * 2.0 * nce("ab", a, fake_b, g.generator_ab, g.generator_ba, (g.head_a, g.head_b))
+        + 0.5 * 2.0 * nce("ba", b, fake_a, g.generator_ba, g.generator_ab, (g.head_b, g.head_a))
+        + 0.5 * (F.l1_loss(identity_a, a) + F.l1_loss(identity_b, b))
+    )
+    optimizers["generator"].zero_grad()
+    loss.backward()
+    optimizers["generator"].step()
+    d.requires_grad_(True)
+
+
+def plain_cyclegan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """The authors' code's step: generators first, the critics see the fakes made before."""
+    g, d = method.generator, method.discriminator
+    ab, ba = (lambda x: g.generator_ab(x)[0]), (lambda x: g.generator_ba(x)[0])
+    fake_b, fake_a = ab(a), ba(b)
+    d.requires_grad_(False)
+    loss = (
+        F.mse_loss(d.critic_b(fake_b), torch.ones(()).expand_as(d.critic_b(fake_b)).double())
+        + F.mse_loss(d.critic_a(fake_a), torch.ones(()).expand_as(d.critic_a(fake_a)).double())
+        + 10 * F.l1_loss(ba(fake_b), a)
+        + 10 * F.l1_loss(ab(fake_a), b)
+        + 5 * F.l1_loss(ab(b), b)
+        + 5 * F.l1_loss(ba(a), a)
+    )
+    optimizers["generator"].zero_grad()
+    loss.backward()
+    optimizers["generator"].step()
+    d.requires_grad_(True)
+    loss = sum(
+        0.5 * ((critic(real) - 1).pow(2).mean() + critic(fake.detach()).pow(2).mean())
+        for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
+    )
+    optimizers["discriminator"].zero_grad()
+    loss.backward()
+    optimizers["discriminator"].step()
+
+
+PLAIN = {"dclgan": plain_dclgan, "cyclegan": plain_cyclegan}
+
+
+def plain_run(name: str, steps: int, adam: bool, dropped: frozenset[int] = frozenset()) -> dict[str, Tensor]:
+    method = small_method(name)
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for side, groups in method.parameter_groups().items():
+        options = [{"params": list(g.parameters), "lr": g.lr} for g in groups]
+        optimizers[side] = torch.optim.Adam(options) if adam else torch.optim.SGD(options, momentum=0.9)
+    for step in range(steps):
+        if step not in dropped:
+            with ExactForward():
+                PLAIN[name](method, *images(step), step, optimizers)
+    if adam:  # after one step the first moment is a tenth of the gradient
+        return {
+            f"{side}/{parameter_name}": optimizers[side].state[parameter]["exp_avg"]
+            for side in optimizers
+            for parameter_name, parameter in getattr(method, side).named_parameters()
+        }
+    return {f"{side}/{n}": p.detach() for side in optimizers for n, p in getattr(method, side).named_parameters()}
+
+
+# ----------------------------------------------------------------------------------------- the same under engines
+
+
+def engine_sides(method: Any, stages: tuple[int, int], accumulation: int, adam: bool = False) -> Sides:
+    _, world = rank_and_world()
+    sides: Sides = {}
+    for side, stage in zip(("generator", "discriminator"), stages, strict=True):
+        layout = Layout(
+            GLOBAL_BATCH // world // accumulation, accumulation, world, stage=stage, persistence_threshold=0
+        )
+        options: dict[str, Any] = {} if adam else {"optimizer": torch.optim.SGD, "momentum": 0.9}
+        groups = method.parameter_groups()[side]
+        if adam:
+            groups = [group._replace(betas=(0.9, 0.999)) for group in groups]
+        sides[side] = SideEngine(getattr(method, side), groups, layout, torch.device("cpu"), **options)  # type: ignore
+    return sides
+
+
+def whole(sides: Sides, kind: str) -> dict[str, Tensor]:
+    """Put together, over the ranks, the captured tensors of one kind."""
+    tensors = {}
+    for name, side in sides.items():
+        captured = capture(side, {})
+        for key, (shape, _) in captured.tensors.items():
+            if key.startswith(f"{kind}/"):
+                full = torch.zeros(math.prod(shape))
+                if key in captured.pieces:
+                    start, values = captured.pieces[key]
+                    full[start : start + len(values)] = values
+                if rank_and_world()[1] > 1:
+                    torch.distributed.all_reduce(full)
+                tensors[f"{name}/{key.partition('/')[2]}"] = full.view(shape)
+    return tensors
+
+
+def engine_run(
+    name: str, stages: tuple[int, int], accumulation: int, steps: int, adam: bool = False, poison: Any = None
+) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+    method = small_method(name)
+    sides = engine_sides(method, stages, accumulation, adam)
+    pools = ImagePools(method.fakes, 0, SEED)
+    skipped = []
+    for step in range(steps):
+        batches = micro_batches(step, accumulation)
+        if poison is not None:
+            poison(step, method, batches)
+        with ExactForward():
+            seen = step * GLOBAL_BATCH
+            done = update(method, sides, lambda _, now=batches: now, pools, seed=SEED, number=step, images_seen=seen)
+        skipped.append(done.skipped)
+    return whole(sides, "exp_avg" if adam else "param"), skipped
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+def rank_0_picture_is_nan(step: int, method: Any, batches: list[Batch]) -> None:
+    if step == 1 and rank_and_world()[0] == 1:
+        batches[-1].a[0, 0, 0, 0] = float("nan")
+
+
+def matrix() -> dict[str, Any]:
+    """Run on every rank: all cases, against the plain loops."""
+    results: dict[str, Any] = {}
+    for name in SMALL:
+        plain, first = plain_run(name, STEPS, adam=False), plain_run(name, 1, adam=True)
+        start = plain_run(name, 0, adam=False)
+        results[f"{name} moved"] = distance(plain, start)
+        for stage, accumulation in itertools.product(range(4), (1, 2)):
+            case = f"{name} {stage} {accumulation}"
+            results[case] = distance(engine_run(name, (stage, stage), accumulation, STEPS)[0], plain)
+            adam, _ = engine_run(name, (stage, stage), accumulation, 1, adam=True)
+            results[f"{case} adam"] = distance(adam, first) / max(float(v.abs().max()) for v in first.values())
+        results[f"{name} mixed"] = distance(engine_run(name, (3, 1), 1, STEPS)[0], plain)
+        dropped = plain_run(name, STEPS, adam=False, dropped=frozenset({1}))
+        for stage, accumulation in itertools.product(range(4), (1, 2)):
+            ours, skipped = engine_run(name, (stage, stage), accumulation, STEPS, poison=rank_0_picture_is_nan)
+            results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped), skipped)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One pair of rank processes runs the whole matrix."""
+    first, second = run_ranks(2, "tests.test_engines:matrix", tmp_path_factory.mktemp("matrix"))
+    assert first == second, "the ranks disagree"
+    assert isinstance(first, dict)
+    return first
+
+
+@pytest.mark.parametrize(("name", "stage", "accumulation"), CASES)
+def test_two_ranks_equal_a_plain_loop(results: dict[str, Any], name: str, stage: int, accumulation: int) -> None:
+    assert results[f"{name} moved"] > 1e-2  # the loop went somewhere, so the distance below means something
+    assert results[f"{name} {stage} {accumulation}"] <= 1e-6
+    assert results[f"{name} {stage} {accumulation} adam"] <= 1e-6
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_sides_may_have_different_stages(results: dict[str, Any], name: str) -> None:
+    assert results[f"{name} mixed"] <= 1e-6
+
+
+@pytest.mark.parametrize(("name", "stage", "accumulation"), CASES)
+def test_a_nan_on_one_rank_drops_the_update_everywhere(
+    results: dict[str, Any], name: str, stage: int, accumulation: int
+) -> None:
+    difference, skipped = results[f"{name} {stage} {accumulation} nan"]
+    assert skipped == [(), ("generator", "discriminator"), (), (), ()]
+    assert difference <= 1e-6
+
+
+def test_every_method_is_in_the_matrix() -> None:
+    assert SMALL.keys() == METHODS.keys()
