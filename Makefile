@@ -1,0 +1,42 @@
+# Every target does its own set-up; `make demo` and `make test` are the two commands of the README.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check build bench soak test-gpu clean
+
+demo: .venv/installed  ## synthesise, pack, train DCLGAN on two processes, score: minutes on two cores
+	$(BIN)/python -m i2i_dist.demo
+
+test: .venv/tools  ## all tests that need no GPU and no patience
+	$(BIN)/python -m pytest -m "not gpu and not soak"
+
+check: .venv/tools  ## format, lint, types
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+build: .venv/installed  ## build the extension again
+	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
+
+bench: .venv/installed  ## one training step beside the eager form
+	$(BIN)/python launchers/bench.py step
+
+soak: .venv/tools  ## the slow tests
+	$(BIN)/python -m pytest -m "soak and not gpu" --timeout 3600
+
+test-gpu: .venv/tools  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+clean:  ## remove what was built; runs and data sets stay
+	rm -rf .venv build *.egg-info i2i_dist/*.so
+
+# torch first: the extension and deepspeed are built against the one that is there, not against one of their own.
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch numpy setuptools wheel ninja pybind11 packaging psutil
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e .
+	touch $@
+
+.venv/tools: .venv/installed
+	$(PIP) --no-build-isolation -e ".[test,dev]"
+	touch $@

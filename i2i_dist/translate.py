@@ -1,0 +1,152 @@
+"""From a checkpoint and pictures to translated pictures of the same names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from i2i_dist import checkpoint
+from i2i_dist.checkpoint import CheckpointError
+from i2i_dist.config import ConfigError
+from i2i_dist.data.batch import BadData
+from i2i_dist.data.decode import decode_image
+from i2i_dist.data.folders import image_paths
+from i2i_dist.engine_state import persistent_buffers
+from i2i_dist.method import Direction, Method
+from i2i_dist.methods import resolve
+from i2i_dist.telemetry.samples import to_uint8
+
+Weights = Literal["ema", "last"]
+
+
+def load_method(path: Path, weights: Weights = "ema") -> Method:
+    """Build the method that a checkpoint holds, with its generator's side filled in.
+
+    Args:
+        path: A checkpoint, or a run directory for its newest checkpoint that verifies.
+        weights: "ema" for the averaged generators (the weights themselves where the run had no average), "last" for
+            the weights as the last update left them.
+
+    Raises:
+        CheckpointError: There is no checkpoint at `path`, or it does not verify.
+    """
+    if not (path / "manifest.json").exists():
+        found, skipped = checkpoint.newest_verified(path / "checkpoints")
+        if found is None:
+            reasons = "".join(f"; {bad.path.name}: {bad.reason}" for bad in skipped)
+            raise CheckpointError(f"{path} is no checkpoint and no run directory with one that verifies{reasons}")
+        path = found
+    else:
+        try:
+            checkpoint.verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    method_class, config = resolve(checkpoint.read_state(path).config["method"])
+    method = method_class(config, torch.Generator().manual_seed(0))
+    source = checkpoint.side_file(path, "generator")
+    shapes = source.shapes()
+    with torch.no_grad():
+        for name, parameter in method.generator.named_parameters():
+            kind = "ema" if weights == "ema" and f"ema/{name}" in shapes else "param"
+            parameter.copy_(source.whole(f"{kind}/{name}"))
+        for name, buffer in persistent_buffers(method.generator).items():
+            buffer.copy_(source.whole(f"buffer/{name}"))
+    method.generator.eval()
+    return method
+
+
+@torch.no_grad()
+def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
+    """Translate one image of any size.
+
+    Args:
+        method: From `load_method`.
+        image: uint8 [H, W, 3], on the device of the method.
+        direction: Which way.
+
+    Returns:
+        float32 [1, 3, H, W] in [-1, 1]. A side that is not a multiple of 4 is padded by reflection, and cropped back.
+
+    Raises:
+        ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
+    """
+    if direction not in method.directions:
+        raise ValueError(f"direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
+    height, width, _ = image.shape
+    if min(height, width) < 8:
+        raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
+    normalised = image.permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    padded = F.pad(normalised, (0, -width % 4, 0, -height % 4), mode="reflect")
+    return method.translate(padded, direction)[:, :, :height, :width]
+
+
+def _pictures(source: Path) -> list[tuple[Path, Path]]:
+    """Return each picture with its name below the target."""
+    if source.is_dir():
+        return [(path, path.relative_to(source)) for path in image_paths(source)]
+    return [(source, Path(source.name))] if source.is_file() else []
+
+
+def _save(pixels: Tensor, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}")
+    options = {"quality": 95} if target.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+    Image.fromarray(to_uint8(pixels)[0]).save(
+        temporary, format=Image.registered_extensions()[target.suffix.lower()], **options
+    )
+    os.replace(temporary, target)
+
+
+def translate_all(method: Method, source: Path, target: Path, direction: Direction) -> int:
+    """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
+
+    Raises:
+        ConfigError: There is no picture, or the results would replace the pictures.
+    """
+    pictures = _pictures(source)
+    if not pictures:
+        raise ConfigError(f"{source}: no picture there; expected an image file, or a folder with some at any depth")
+    folder = source if source.is_dir() else source.parent
+    if target.resolve() == folder.resolve():
+        raise ConfigError(f"{target} is where the pictures come from, and they would be replaced; name another folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method.generator.to(device)
+    failed, padded = 0, 0
+    for path, name in pictures:
+        try:
+            image = torch.from_numpy(decode_image(path.read_bytes())).to(device)
+            padded += any(side % 4 for side in image.shape[:2])
+            _save(translate(method, image, direction), target / name)
+        except (BadData, OSError, ValueError) as error:
+            failed += 1
+            print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
+    if padded:
+        print(f"{padded} pictures had a side that is no multiple of 4: padded by reflection and cropped back")
+    print(f"{len(pictures) - failed} pictures translated into {target}" + (f", {failed} left out" if failed else ""))
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Translate; return the exit code: 0 done, 1 some pictures or the checkpoint are unusable, 2 wrong arguments."""
+    parser = argparse.ArgumentParser(prog="translate.py", description="Translate pictures with a trained generator.")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest one")
+    parser.add_argument("source", type=Path, help="a picture, or a folder of pictures of any depth")
+    parser.add_argument("target", type=Path, help="folder for the translated pictures, which keep their names")
+    parser.add_argument("--direction", choices=["a_to_b", "b_to_a"], default="a_to_b")
+    parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged (default) or last weights")
+    options = parser.parse_args(arguments)
+    try:
+        method = load_method(options.checkpoint, options.weights)
+        return translate_all(method, options.source, options.target, options.direction)
+    except (ConfigError, CheckpointError) as error:
+        print(f"translate.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
