@@ -1,0 +1,131 @@
+"""Translation from checkpoints: pictures of any size and kind come out with their names, in either direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2i_dist import checkpoint
+from i2i_dist.checkpoint import CheckpointError, State
+from i2i_dist.data.decode import decode_image
+from i2i_dist.distributed import rank_and_world
+from i2i_dist.ema import Ema
+from i2i_dist.engines import Layout, SideEngine
+from i2i_dist.method import SIDES
+from i2i_dist.methods import resolve
+from i2i_dist.pool import ImagePools
+from i2i_dist.translate import load_method, main, translate
+from tests.ranks import run_ranks
+
+SECTION = {"name": "cyclegan", "width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0}
+
+
+def save_checkpoint(directory: str) -> None:
+    """Run on one rank: save a method whose weights and averages differ."""
+    method_class, config = resolve(SECTION)
+    method = method_class(config, torch.Generator().manual_seed(1))
+    layout, groups = Layout(1, 1, rank_and_world()[1]), method.parameter_groups()
+    sides = {side: SideEngine(getattr(method, side), groups[side], layout, torch.device("cpu")) for side in SIDES}
+    with torch.no_grad():
+        for parameter in method.generator.parameters():
+            parameter.normal_(0, 0.1)
+    ema = Ema(sides["generator"], 1000)
+    with torch.no_grad():
+        for parameter in method.generator.parameters():
+            parameter.add_(0.05)
+    state = State(8, 4, 1, {"method": config.model_dump(mode="json")}, {})
+    assert checkpoint.save(Path(directory), state, sides, ema, ImagePools((), 0, 0), keep=1) is None
+    last = {name: value.clone() for name, value in method.generator.state_dict().items()}
+    ema.load_into(method.generator)
+    torch.save({"last": last, "ema": method.generator.state_dict()}, Path(directory).parent / "expected.pt")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    run_ranks(1, "tests.test_translate:save_checkpoint", run, str(run / "checkpoints"))
+    return run
+
+
+@pytest.mark.parametrize("weights", ["ema", "last"])
+def test_the_weights_asked_for_are_loaded(run: Path, weights: str) -> None:
+    expected = torch.load(run / "expected.pt", weights_only=True)
+    assert not torch.equal(expected["ema"]["generator_ab.stem.weight"], expected["last"]["generator_ab.stem.weight"])
+    for path in (run, run / "checkpoints" / checkpoint.directory_name(8)):
+        loaded = load_method(path, weights).generator.state_dict()  # type: ignore[arg-type]
+        assert loaded.keys() == expected[weights].keys()
+        assert all(torch.equal(loaded[name], expected[weights][name]) for name in loaded)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 46), (9, 8), (31, 64)])
+def test_any_size_comes_out_as_it_went_in(run: Path, height: int, width: int) -> None:
+    method = load_method(run)
+    image = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+    output = translate(method, image, "a_to_b")
+    assert output.shape == (1, 3, height, width)
+    if height % 4 == width % 4 == 0:  # nothing is padded, so this is the network itself
+        with torch.no_grad():
+            plain = method.generator.generator_ab(image.permute(2, 0, 1)[None] / 127.5 - 1)[0]
+        assert torch.allclose(output, plain, atol=1e-6)
+
+
+def test_directions_differ(run: Path) -> None:
+    method, image = load_method(run), torch.randint(256, (32, 32, 3), dtype=torch.uint8)
+    assert not torch.allclose(translate(method, image, "a_to_b"), translate(method, image, "b_to_a"), atol=1e-3)
+    with pytest.raises(ValueError, match=r"given 'sideways', allowed is one of a_to_b, b_to_a"):
+        translate(method, image, "sideways")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 8"):
+        translate(method, image[:4], "a_to_b")
+
+
+def test_a_folder_keeps_its_names_and_kinds(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(32, 30, 3), dtype=np.uint8)
+    for name in ("a.png", "deep/b.jpg", "deep/c.WEBP", "d.tif"):
+        Image.fromarray(pixels).save(source / name)
+    Image.fromarray(pixels[..., 0]).save(source / "grey.png")
+    (source / "broken.png").write_bytes((source / "a.png").read_bytes()[:200])
+    assert main([str(run), str(source), str(target), "--direction", "b_to_a"]) == 1
+    out, err = capfd.readouterr()
+    assert "broken.png: left out: " in err and "Traceback" not in err
+    assert "5 pictures had a side that is no multiple of 4: padded by reflection and cropped back" in out
+    assert "5 pictures translated" in out and "1 left out" in out
+    names = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert names == {"a.png", "deep/b.jpg", "deep/c.WEBP", "d.tif", "grey.png"}
+    assert all(decode_image((target / name).read_bytes()).shape == (32, 30, 3) for name in names)
+    once = translate(load_method(run), torch.from_numpy(pixels), "b_to_a")
+    expected = ((once[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert np.array_equal(decode_image((target / "a.png").read_bytes()), expected.numpy())
+
+
+def test_one_file(run: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "x.png")
+    assert main([str(run), str(tmp_path / "x.png"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "x.png").is_file()
+
+
+def test_bad_arguments_are_told_in_a_sentence(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    assert main([str(tmp_path / "nowhere"), str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "is no checkpoint and no run directory" in capfd.readouterr().err
+    assert main([str(run), str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert "no picture there" in capfd.readouterr().err
+    assert main([str(run), str(tmp_path), str(tmp_path)]) == 2
+    assert "would be replaced" in capfd.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "images_1"
+    damaged.mkdir()
+    for path in (run / "checkpoints" / checkpoint.directory_name(8)).iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    data = bytearray((damaged / "generator.safetensors").read_bytes())
+    data[-100] ^= 1
+    (damaged / "generator.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        load_method(damaged)
