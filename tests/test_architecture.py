@@ -25,10 +25,10 @@ TIERS = [
     {"engines"},
     {"ema", "step"},
     {"telemetry", "checkpoint"},
-    {"evaluation", "run_directory", "sampling"},
-    {"translate", "convert", "export"},
+    {"run_directory", "sampling"},
+    {"assembly", "translate"},
     {"train"},
-    {"bench"},
+    {"bench", "demo"},
 ]
 # Several files, one part.
 ALIASES = {"engine_state": "engines", "canonical": "checkpoint"}
