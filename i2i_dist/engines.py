@@ -1,6 +1,6 @@
 """One DeepSpeed engine for each side of the game; the only file that imports deepspeed.
 
-What decides the shape of this file, all of it repeated in tests/test_engines.py:
+What decides the shape of this file; tests/test_engines.py holds the result against plain PyTorch:
 
 * One backward per side and update over the sum of its losses: two backwards before one step are silently wrong at
   ZeRO 1 and 2.

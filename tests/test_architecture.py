@@ -31,7 +31,7 @@ TIERS = [
     {"bench", "demo"},
 ]
 # Several files, one part.
-ALIASES = {"engine_state": "engines", "canonical": "checkpoint"}
+ALIASES = {"engine_state": "engines", "canonical": "checkpoint", "command_line": "run_directory"}
 # These are functions of tensors: they know neither data nor configuration nor each other.
 PURE = {"ops": set(), "networks": {"ops"}, "losses": {"ops"}}
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from i2i_dist.distributed import rank_and_world
 from i2i_dist.draws import Draws
 from i2i_dist.engine_state import capture
 from i2i_dist.engines import Layout, SideEngine
+from i2i_dist.method import ParameterGroup
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.networks.projection import take
 from i2i_dist.pool import ImagePools
@@ -248,6 +250,34 @@ def rank_0_picture_is_nan(step: int, method: Any, batches: list[Batch]) -> None:
         batches[-1].a[0, 0, 0, 0] = float("nan")
 
 
+class WithBuffer(torch.nn.Module):
+    """A module whose buffer starts differently on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.register_buffer("memory", torch.full((2,), float(rank_and_world()[0] + 1)))
+
+
+def what_deepspeed_does() -> dict[str, Any]:
+    """Run on every rank: what engines.py settles because DeepSpeed would do it otherwise."""
+    group = [ParameterGroup("all", list((module := WithBuffer()).parameters()), 0.1, (0.9, 0.999))]
+    side = SideEngine(module, group, Layout(1, 1, rank_and_world()[1]), torch.device("cpu"))
+    silent = WithBuffer()
+    silent_config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.Adam(silent.parameters())
+    silent_engine, *_ = deepspeed.initialize(model=silent, optimizer=optimizer, config=silent_config)
+    reduction_group = side.engine.data_parallel_group
+    return {
+        "clipping": side.engine.gradient_clipping(),
+        "clipping where a configuration is silent": silent_engine.gradient_clipping(),
+        "buffer": module.memory.tolist(),
+        "buffer where nobody broadcasts": silent.memory.tolist(),
+        "timeout": reduction_group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
+        "rates": side.set_learning_rate(0.5),
+    }
+
+
 def matrix() -> dict[str, Any]:
     """Run on every rank: all cases, against the plain loops."""
     results: dict[str, Any] = {}
@@ -265,6 +295,7 @@ def matrix() -> dict[str, Any]:
         for stage, accumulation in itertools.product(range(4), (1, 2)):
             ours, skipped = engine_run(name, (stage, stage), accumulation, STEPS, poison=rank_0_picture_is_nan)
             results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped), skipped)
+    results["deepspeed"] = what_deepspeed_does()
     return results
 
 
@@ -272,7 +303,12 @@ def matrix() -> dict[str, Any]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One pair of rank processes runs the whole matrix."""
     first, second = run_ranks(2, "tests.test_engines:matrix", tmp_path_factory.mktemp("matrix"))
+    silent = (
+        first["deepspeed"].pop("buffer where nobody broadcasts"),
+        second["deepspeed"].pop("buffer where nobody broadcasts"),
+    )
     assert first == second, "the ranks disagree"
+    first["deepspeed"]["buffers where nobody broadcasts"] = silent
     assert isinstance(first, dict)
     return first
 
@@ -296,6 +332,24 @@ def test_a_nan_on_one_rank_drops_the_update_everywhere(
     difference, skipped = results[f"{name} {stage} {accumulation} nan"]
     assert skipped == [(), ("generator", "discriminator"), (), (), ()]
     assert difference <= 1e-6
+
+
+def test_nothing_is_clipped_that_nobody_asked_to_clip(results: dict[str, Any]) -> None:
+    assert results["deepspeed"]["clipping"] == 0.0
+    assert results["deepspeed"]["clipping where a configuration is silent"] == 1.0  # why it is always written
+
+
+def test_buffers_start_equal_on_all_ranks(results: dict[str, Any]) -> None:
+    assert results["deepspeed"]["buffer"] == [1.0, 1.0]
+    assert results["deepspeed"]["buffers where nobody broadcasts"] == ([1.0, 1.0], [2.0, 2.0])
+
+
+def test_gradient_collectives_follow_the_timeout(results: dict[str, Any]) -> None:
+    assert results["deepspeed"]["timeout"] == 60  # what tests/ranks.py starts with; DeepSpeed's own group has 1800
+
+
+def test_learning_rates_follow_the_factor(results: dict[str, Any]) -> None:
+    assert results["deepspeed"]["rates"] == {"all": 0.05}
 
 
 def test_every_method_is_in_the_matrix() -> None:
