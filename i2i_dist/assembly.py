@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
-from i2i_dist import checkpoint, engines, run_directory
+from i2i_dist import checkpoint, engines, ops, run_directory
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError, RunConfig
 from i2i_dist.data.folders import open_source
 from i2i_dist.data.index import Source
 from i2i_dist.data.reader import UnpairedReader
 from i2i_dist.data.transforms import Transform
-from i2i_dist.distributed import Ranks, from_first_rank
+from i2i_dist.distributed import Ranks, from_first_rank, gather_texts
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, SideEngine
 from i2i_dist.method import SIDES, Method
@@ -24,6 +27,10 @@ from i2i_dist.pool import ImagePools
 from i2i_dist.sampling import Sampler, fixed_inputs
 from i2i_dist.schedules import LinearDecay
 from i2i_dist.step import Sides
+from i2i_dist.telemetry.console import Plan
+
+_log = logging.getLogger("i2i_dist.assembly")
+T = TypeVar("T")
 
 
 class Settings(NamedTuple):
@@ -46,6 +53,7 @@ class Run(NamedTuple):
         layout: How the generator's side is spread; the discriminator's differs in its ZeRO stage alone.
         target: Images seen at the end, a multiple of the global batch.
         start: Where training starts or goes on, with the configuration and data set that checkpoints will carry.
+        resumed_from: The checkpoint that it goes on from.
     """
 
     settings: Settings
@@ -61,6 +69,7 @@ class Run(NamedTuple):
     ema: Ema
     pools: ImagePools
     sampler: Sampler
+    resumed_from: Path | None
 
 
 def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str) -> Run:
@@ -73,13 +82,14 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         resume: "auto", or the path of a checkpoint.
 
     Raises:
-        ConfigError, CheckpointError, ValueError: Something the person who started the run can mend.
+        ConfigError, CheckpointError: Something the person who started the run can mend; the same on every rank.
     """
     config, seed = settings.config, settings.config.train.seed
     root = Path(config.data.root)
-    sources = {domain: open_source(root, f"train{domain.upper()}") for domain in ("a", "b")}
+    sources = _open(root)
     schedule = _schedule(config, sources)
-    layout = _layout(config, ranks.world, engines.resolve_precision(config.train.precision, device))
+    precision = _on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
+    layout = _layout(config, ranks.world, precision)
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
     start = _start(settings, sources, found, ranks)
 
@@ -103,7 +113,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         flip=config.data.flip,
         full_size_from=None if config.data.decay_jitter else schedule.decay_starts,
     )
-    inputs = fixed_inputs(_sample_sources(root, sources), config.output.sample_images, config.data.crop_size)
+    inputs = _on_every_rank(lambda: _sample_inputs(config, sources) if ranks.rank == 0 else {})
     return Run(
         settings=settings,
         ranks=ranks,
@@ -118,7 +128,63 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         ema=ema,
         pools=pools,
         sampler=Sampler(replica, sides["generator"], ema, inputs),
+        resumed_from=found,
     )
+
+
+def plan(run: Run) -> Plan:
+    """Return what the run is about to do."""
+    networks = {
+        name: sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        for side in run.sides.values()
+        for name, module in side.module.named_children()
+    }
+    info = ops.build_info()
+    return Plan(
+        method=f"{run.start.config['method']['name']} ({run.start.config['method']['preset']})",
+        run_directory=run.settings.directory,
+        device=run.device.type,
+        nodes=max(1, run.ranks.world // run.ranks.local_world),
+        ranks=run.ranks.world,
+        micro_batch=run.layout.micro_batch,
+        accumulation=run.layout.accumulation,
+        parameters=networks,
+        images_seen=run.start.images_seen,
+        target_images=run.target,
+        updates=run.target // run.settings.config.train.global_batch,
+        precision=run.layout.precision,
+        zero_stages={side: engine.layout.stage for side, engine in run.sides.items()},
+        ops_backend=", ".join(info["cuda" if run.device.type == "cuda" else "cpu"]) or "reference",
+    )
+
+
+def _on_every_rank(make: Callable[[], T]) -> T:
+    """Return what `make` does here; where it fails on any rank, all raise the same `ConfigError`. Collective."""
+    problem, made = "", []
+    try:
+        made.append(make())
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename} cannot be read: {error.strerror}"
+    for rank, text in enumerate(gather_texts(problem)):
+        if text:
+            raise ConfigError(f"rank {rank}: {text}" if rank else text)
+    return made[0]
+
+
+def _open(root: Path) -> dict[str, Source]:
+    """Open both domains, and make sure that every rank sees the same images."""
+    sources = _on_every_rank(lambda: {domain: open_source(root, f"train{domain.upper()}") for domain in ("a", "b")})
+    seen = gather_texts(json.dumps([[source.fingerprint, sum(source.counts)] for source in sources.values()]))
+    for rank, text in enumerate(seen):
+        if text != seen[0]:
+            counts = [[count for _, count in json.loads(one)] for one in (seen[0], text)]
+            raise ConfigError(
+                f"data.root {root}: rank {rank} finds other images ({counts[1][0]} of domain a, {counts[1][1]} of b) "
+                f"than rank 0 ({counts[0][0]} and {counts[0][1]}); every machine needs the same data set"
+            )
+    return sources
 
 
 def _schedule(config: RunConfig, sources: Mapping[str, Source]) -> LinearDecay:
@@ -151,15 +217,18 @@ def _layout(config: RunConfig, world: int, precision: engines.Precision) -> Layo
 
 def _agree_on_checkpoint(directory: Path, resume: str, ranks: Ranks) -> Path | None:
     """Let rank 0 verify what is there, so that files are hashed once, and tell every rank what came of it."""
-    answer = ""
+    kinds: dict[str, type[ValueError]] = {"config": ConfigError, "checkpoint": CheckpointError}
+    kind, answer = "", ""
     if ranks.rank == 0:
         try:
             answer = str(run_directory.find_checkpoint(directory, resume) or "")
+        except ConfigError as error:
+            kind, answer = "config", str(error)
         except CheckpointError as error:
-            answer = f"error: {error}"
-    answer = from_first_rank(answer)
-    if answer.startswith("error: "):
-        raise CheckpointError(answer.removeprefix("error: "))
+            kind, answer = "checkpoint", str(error)
+    kind, _, answer = from_first_rank(f"{kind}:{answer}").partition(":")
+    if kind:
+        raise kinds[kind](answer)
     return Path(answer) if answer else None
 
 
@@ -177,10 +246,13 @@ def _start(settings: Settings, sources: Mapping[str, Source], found: Path | None
     return saved._replace(world=ranks.world, config=resolved)
 
 
-def _sample_sources(root: Path, training: Mapping[str, Source]) -> dict[str, Source]:
+def _sample_inputs(config: RunConfig, training: Mapping[str, Source]) -> dict[str, Tensor]:
     """Take the pictures of sample grids from testA and testB where there are any, else from the training images."""
-    sources = dict(training)
+    root, sources = Path(config.data.root), dict(training)
     for domain in sources:
-        if (root / f"test{domain.upper()}").is_dir():
-            sources[domain] = open_source(root, f"test{domain.upper()}")
-    return sources
+        name = f"test{domain.upper()}"
+        try:
+            sources[domain] = open_source(root, name)
+        except ValueError:
+            _log.info("%s holds no images: sample grids show training images of this domain.", root / name)
+    return fixed_inputs(sources, config.output.sample_images, config.data.crop_size)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides
 
 FORMAT = 1
+_NAME = re.compile(r"images_\d{12}")
 _log = logging.getLogger("i2i_dist.checkpoint")
 
 
@@ -78,10 +80,11 @@ def directory_name(images_seen: int) -> str:
 
 
 def save(directory: Path, state: State, sides: Sides, ema: Ema, pools: ImagePools, keep: int) -> str | None:
-    """Write and publish a checkpoint, and remove all but the newest `keep`. Collective.
+    """Write and publish a checkpoint, and of it and those before it remove all but the newest `keep`. Collective.
 
     Returns:
-        None, or the reason why nothing was published; the checkpoints before are then untouched and training can go on.
+        None, or the reason why it is not safely on the disk; the checkpoints before are then untouched and training can
+        go on.
     """
     rank, _ = rank_and_world()
     target = directory / directory_name(state.images_seen)
@@ -101,7 +104,8 @@ def save(directory: Path, state: State, sides: Sides, ema: Ema, pools: ImagePool
                 shutil.rmtree(writing, ignore_errors=True)
             return reason
     if rank == 0:
-        _prune(directory, keep)
+        _name_latest(target)
+        _prune(target, keep)
     return None
 
 
@@ -142,16 +146,37 @@ def _publish(writing: Path, target: Path, state: State, captured: Mapping[str, C
     replaced = target.with_name(f".writing-replaced-{target.name}")
     if target.exists():  # it did not verify, or training would have gone on from it
         os.rename(target, replaced)
-    os.rename(writing, target)
-    _flush(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    latest = target.with_name("latest")
-    _write_text(latest.with_name(".latest"), target.name + "\n")
-    os.replace(latest.with_name(".latest"), latest)
+    try:
+        os.rename(writing, target)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, target)
+        raise
+    try:
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prune(directory: Path, keep: int) -> None:
-    for old in _newest_first(directory)[keep:]:
+def _name_latest(target: Path) -> None:
+    """Write the name of the newest checkpoint for people and scripts; nothing here reads it to decide anything."""
+    temporary = target.with_name(".latest")
+    try:
+        _write_text(temporary, target.name + "\n")
+        os.replace(temporary, target.with_name("latest"))
+    except OSError as error:
+        _log.warning("%s does not name %s: %s.", target.with_name("latest"), target.name, error.strerror or error)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _prune(written: Path, keep: int) -> None:
+    """Remove what is older than `written` beyond the newest `keep`.
+
+    What is newer stays: it did not verify, or training was told to go on from an older one. Counted among those to
+    keep, it would push out the ones that are good.
+    """
+    for old in [path for path in _newest_first(written.parent) if path.name <= written.name][keep:]:
         gone = old.with_name(f".writing-removed-{old.name}")
         with contextlib.suppress(OSError):  # a leftover costs disk space; it must not cost the run
             os.rename(old, gone)
@@ -198,8 +223,10 @@ def newest_verified(directory: Path) -> tuple[Path | None, list[Skipped]]:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    found = [path for path in directory.glob("images_*") if path.is_dir()] if directory.is_dir() else []
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    """Return the checkpoints in `directory`; what people have copied under names of their own is left alone."""
+    found = directory.glob("images_*") if directory.is_dir() else ()
+    ours = [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(ours, key=lambda path: path.name, reverse=True)
 
 
 def verify(path: Path) -> None:
@@ -215,22 +242,38 @@ def verify(path: Path) -> None:
     if not isinstance(files, dict) or "state.json" not in files:
         raise CheckpointError("manifest.json does not list its files")
     for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{name} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{name} has {size} bytes, and had {expected['bytes']} when it was written")
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{name} has changed since it was written (its sha256 differs)")
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise CheckpointError(f"manifest.json does not list the size and sha256 of {name}")
+        try:
+            _verify_file(path / name, expected)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+
+
+def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file.name} is missing")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(f"{file.name} has {size} bytes, and had {expected['bytes']} when it was written")
+    if _sha256(file) != expected["sha256"]:
+        raise CheckpointError(f"{file.name} has changed since it was written (its sha256 differs)")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key given twice: one flipped bit makes rank_0000 of rank_0001, and one of the two would go unchecked."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path.name} does not hold what it should")
@@ -266,12 +309,14 @@ def restore(path: Path, sides: Sides, ema: Ema, pools: ImagePools, device: torch
     state = read_state(path)
     if pools.size and state.world == world:
         pools.restore(safetensors.torch.load_file(path / f"pool_rank_{rank:04d}.safetensors"), device)
-    elif pools.size and rank == 0:
-        _log.warning(
-            "The checkpoint was written by %d ranks and there are %d now: the image pools start empty.",
-            state.world,
-            world,
-        )
+    elif pools.size:
+        pools.restore({}, device)
+        if rank == 0:
+            _log.warning(
+                "The checkpoint was written by %d ranks and there are %d now: the image pools start empty.",
+                state.world,
+                world,
+            )
     barrier()
     return state
 

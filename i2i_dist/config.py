@@ -75,7 +75,7 @@ class TrainConfig(Section):
 
     global_batch: Positive = 1  # images per domain and update over all ranks: what decides the result
     micro_batch: Positive | None = None  # images per rank at once: what fits; null means global_batch / ranks
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     ema_half_life_images: NotNegative = 10_000  # of the averaged generators; 0 switches the average off
     max_bad_updates: Positive = 10  # end the run after so many updates in a row with a loss or gradient not finite
@@ -118,10 +118,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key is a list or a mapping; keys are names")
             if key_node.value in seen:
-                line = key_node.start_mark.line + 1
                 raise ConfigError(f"line {line}: the key '{key_node.value}' is given twice; remove one of them")
-            seen.add(str(key_node.value))
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -130,9 +132,14 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes whatever `_Loader` would not read back as text."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def load(path: Path, settings: Sequence[str] = ()) -> RunConfig:
@@ -185,7 +192,7 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
         raise ConfigError(f"--set {setting}: expected section.key=value, for example --set train.global_batch=8")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ConfigError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ConfigError among them
         raise ConfigError(f"--set {setting}: the value is not valid YAML: {' '.join(str(error).split())}") from None
     *parents, last = key.strip().split(".")
     node = tree
@@ -263,4 +270,4 @@ def dump(config: RunConfig, method: BaseModel) -> str:
     """Return the resolved configuration as YAML, the method's keys filled in; `load` reads it back to the same."""
     tree = config.model_dump(mode="json")
     tree["method"] = method.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)

@@ -36,9 +36,8 @@ def adopt_environment(environment: MutableMapping[str, str]) -> Ranks:
                 "plain python, or unset RANK and WORLD_SIZE"
             )
         environment.setdefault("LOCAL_RANK", "0")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))) > 1 and (
-        "SLURM_PROCID" in environment
-    ):
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        # Of the step: srun alone sets it, while a batch script's own shell has the job's SLURM_NTASKS and SLURM_PROCID.
         _adopt_slurm(environment)
     else:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -49,7 +48,7 @@ def adopt_environment(environment: MutableMapping[str, str]) -> Ranks:
 
 
 def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
+    tasks = environment["SLURM_STEP_NUM_TASKS"]
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
     environment.update(
         RANK=environment["SLURM_PROCID"],
@@ -64,11 +63,8 @@ def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
 
 def _first_host(environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:  # "gpu7" or "login,gpu[1-3]"
-        return head.split(",")[0]
-    first = re.split(r"[-,\]]", rest, maxsplit=1)[0]  # "gpu[007-012,020]" -> "007"
-    return head + first
+    nodes = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes)  # "gpu[007-012,020],login" -> "gpu007,login"
+    return nodes.split(",")[0]
 
 
 def _free_port() -> int:

@@ -22,7 +22,8 @@ def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
         purpose: What is drawn ("order", "crop", "patch_ids.down1", ...); two purposes never share numbers.
         key: Integers that place the decision: positions of samples, an epoch, an attempt.
     """
-    digest = hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=16).digest()
+    place = (int(seed), purpose, *map(int, key))  # an integer of numpy has another repr
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 

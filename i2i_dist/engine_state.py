@@ -157,11 +157,15 @@ def restore(side: SideEngine, source: Source) -> None:
         ValueError: Names or shapes differ, or the optimizer's numbers of parameters that share a flat tensor do.
     """
     found, shapes = slots(side), source.shapes()
+    buffers = persistent_buffers(side.module)
     expected = {f"param/{slot.name}": slot.shape for slot in found}
-    given = {key: shape for key, shape in shapes.items() if key.startswith("param/")}
+    expected |= {f"buffer/{name}": tuple(buffer.shape) for name, buffer in buffers.items()}
+    given = {key: shape for key, shape in shapes.items() if key.startswith(("param/", "buffer/"))}
     if expected != given:
         differing = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
-        raise ValueError(f"parameters differ in name or shape: {', '.join(differing[:5])} ({len(differing)} in all)")
+        raise ValueError(
+            f"parameters or buffers differ in name or shape: {', '.join(differing[:5])} ({len(differing)} in all)"
+        )
     sharing: dict[int, list[Slot]] = {}
     for slot in found:
         slot.held(slot.flat).copy_(source.read(f"param/{slot.name}", slot.start, slot.length))
@@ -169,7 +173,7 @@ def restore(side: SideEngine, source: Source) -> None:
     for together in sharing.values():
         _restore_moments(side, together, source, shapes)
     _refresh(side)
-    for name, buffer in persistent_buffers(side.module).items():
+    for name, buffer in buffers.items():
         buffer.copy_(source.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
 
 

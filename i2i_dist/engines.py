@@ -13,6 +13,7 @@ What decides the shape of this file; tests/test_engines.py holds the result agai
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,7 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
+        _keep_freed_memory()
         # Inference only, yet compiled for three quarters of a minute at every first start on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
@@ -87,6 +89,19 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
     )
     deepspeed_groups._WORLD_GROUP = torch.distributed.new_group(list(range(ranks.world)), timeout=timeout)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc hand the blocks that one step frees to the next instead of to the system.
+
+    By default every large tensor is mapped anew and its pages are faulted in, in each step: a sixth of the time at
+    256 x 256. The peak stays the same. Other C libraries have no such setting.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 def stop() -> None:
@@ -104,7 +119,8 @@ class _Watch:
             parameter.register_hook(self._look)
 
     def _look(self, value: Tensor) -> None:
-        self.bad += 1.0 - torch.isfinite(value).all().float()
+        low, high = torch.aminmax(value)  # hands NaN on, and takes a tenth of the time of isfinite(value).all()
+        self.bad += 1.0 - torch.isfinite(high - low).float()
 
     def loss(self, loss: Tensor) -> None:
         self._look(loss.detach())

@@ -68,14 +68,19 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
         resume: "auto" for the newest checkpoint that verifies, or the path of a checkpoint.
 
     Raises:
+        ConfigError: There is no checkpoint of the name asked for.
         CheckpointError: The checkpoint asked for does not verify, or none of several does.
     """
     if resume != "auto":
+        path = Path(resume)
+        if not (path / "manifest.json").exists():
+            there = sorted(str(manifest.parent) for manifest in directory.glob("checkpoints/images_*/manifest.json"))
+            raise ConfigError(f"--resume {resume}: not a checkpoint; this run's are: {', '.join(there) or 'none'}")
         try:
-            checkpoint.verify(Path(resume))
+            checkpoint.verify(path)
         except CheckpointError as error:
             raise CheckpointError(f"--resume {resume}: {error}") from None
-        return Path(resume)
+        return path
     found, skipped = checkpoint.newest_verified(directory / "checkpoints")
     for path, reason in skipped:
         _log.warning("Skipped checkpoint %s: %s.", path, reason)
@@ -87,6 +92,25 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
     if found is not None:
         _check_hint(found)
     return found
+
+
+def set_aside(directory: Path, images_seen: int, resumed_from: Path | None) -> None:
+    """Move the checkpoints that this training has left behind, going back or past broken ones, to `set_aside/`.
+
+    Left where they are, they would count as the newest: the next resume would take them up again, and the number of
+    checkpoints to keep would be used up by them.
+    """
+    checkpoints = directory / "checkpoints"
+    for path in sorted(checkpoints.glob("images_*")):
+        own = resumed_from is not None and path.resolve() == resumed_from.resolve()
+        if own or not path.name[len("images_") :].isdigit() or path.name < checkpoint.directory_name(images_seen):
+            continue
+        place, number = checkpoints / "set_aside" / path.name, 2
+        while place.exists():
+            place, number = place.with_name(f"{path.name}-{number}"), number + 1
+        place.parent.mkdir(exist_ok=True)
+        os.rename(path, place)
+        _log.warning("Training goes on from before %s: moved it to %s.", path.name, place)
 
 
 def _check_hint(found: Path) -> None:
@@ -109,8 +133,9 @@ def check_same_run(path: Path, config: Mapping[str, Any], dataset: Mapping[str, 
     """
     state = checkpoint.read_state(path)
     refused = checkpoint.differences(state.config, config, ["method"])
-    if state.dataset != dataset:
-        refused.append("data: the images differ from those the run was trained on (their fingerprints differ)")
+    for domain in sorted(dataset.keys() | state.dataset.keys()):
+        if state.dataset.get(domain) != dataset.get(domain):
+            refused.append(f"data: the images of domain {domain} are not those that the run was trained on")
     if refused:
         lines = "\n".join(f"  {line}" for line in refused)
         raise ConfigError(

@@ -23,7 +23,11 @@ from i2i_dist.telemetry.samples import write_grid
 
 
 def fixed_inputs(sources: Mapping[str, Source], count: int, size: int) -> dict[str, Tensor]:
-    """Return the first `count` readable images of each domain as float [N, 3, size, size] in [-1, 1]."""
+    """Return the first `count` readable images of each domain as float [N, 3, size, size] in [-1, 1].
+
+    Raises:
+        ValueError: No image of a domain can be read.
+    """
     inputs = {}
     for domain, source in sources.items():
         pictures: list[Tensor] = []
@@ -33,6 +37,8 @@ def fixed_inputs(sources: Mapping[str, Source], count: int, size: int) -> dict[s
             with contextlib.suppress(BadData):
                 pixels = resize(decode_image(source.read(index)[1]), size, size)
                 pictures.append(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 127.5 - 1.0)
+        if not pictures:
+            raise ValueError(f"none of the {sum(source.counts)} images in {source.name} can be read")
         inputs[domain] = torch.stack(pictures)
     return inputs
 

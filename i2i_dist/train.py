@@ -8,41 +8,41 @@ import itertools
 import logging
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from i2i_dist import __version__, checkpoint, config, engines, ops, run_directory
-from i2i_dist.assembly import Run, Settings, assemble
+from i2i_dist import __version__, checkpoint, config, engine_state, engines, run_directory
+from i2i_dist.assembly import Run, Settings, assemble, plan
 from i2i_dist.checkpoint import CheckpointError
+from i2i_dist.command_line import parse, resume_command
 from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import Batch, HostBatch, to_device
 from i2i_dist.data.reader import micro_batches
 from i2i_dist.distributed import Ranks, adopt_environment, any_rank, from_first_rank, mean_over_ranks
+from i2i_dist.method import SIDES
 from i2i_dist.methods import resolve
 from i2i_dist.step import Step, update
-from i2i_dist.telemetry.console import Meter, Plan, plan_text, progress_line, setup_logging
+from i2i_dist.telemetry.console import Meter, plan_text, progress_line, setup_logging
 from i2i_dist.telemetry.jsonl import StatsLog
 from i2i_dist.telemetry.prometheus import Metrics, serve
 from i2i_dist.telemetry.record import memory_bytes
 
 DONE, FAILED, MISCONFIGURED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped early, and can be resumed
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# What people type by habit from other trainers, and what it is called here.
-_HABITS = {
-    "dataroot": "data.root", "load_size": "data.load_size", "crop_size": "data.crop_size", "workers": "data.workers",
-    "batch_size": "train.global_batch", "batch": "train.global_batch", "seed": "train.seed",
-    "n_epochs": "schedule.constant_epochs", "n_epochs_decay": "schedule.decay_epochs", "model": "method.name",
-    "lr": "method.lr", "lambda_NCE": "method.lambda_nce", "pool_size": "method.pool_size",
-    "num_threads": "data.workers", "mixed_precision": "train.precision",
-}  # fmt: skip
+# What collectives say on the ranks that are left when another one has ended.
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "Timed out waiting")
+_ADVICE = (
+    "lower the learning rate, train in fp32, or go back with --resume to an older checkpoint; those in {} hold "
+    "finite weights"
+)
 
 _log = logging.getLogger("i2i_dist.train")
 
@@ -56,7 +56,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -68,21 +68,21 @@ class StopRequest:
 
 
 class Reporter:
-    """Everything a run says while it trains; only rank 0 has one that speaks."""
+    """Everything a run says while it trains. Rank 0 speaks for all; the others only name their own broken samples."""
 
     def __init__(self, run: Run) -> None:
         settings, start = run.settings, run.start
         self.meter = Meter(start.images_seen, run.target, start.updates)
-        self.losses: dict[str, Tensor] = {}
-        self.updates_since = 0
         self.rates: dict[str, float] = {}
         self.stats: StatsLog | None = None
         self.metrics: Metrics | None = None
-        self._server = None
+        self._losses: dict[str, tuple[Tensor, int]] = {}  # name -> sum, and updates that computed it
+        self._bad = dict.fromkeys(sorted(start.dataset), 0)  # domain -> samples replaced since the last record
+        self._named: set[tuple[str, str]] = set()
+        self._ranks, self._device, self._server = run.ranks, run.device, None
         if run.ranks.rank:
             return
         self.stats = StatsLog(settings.directory / "stats.jsonl")
-        self.stats.truncate_after(start.images_seen)
         build = {"version": __version__, "torch": torch.__version__, "python": platform.python_version()}
         names = {"method": start.config["method"]["name"], "precision": run.layout.precision}
         self.metrics = Metrics(build, names, start.images_seen, run.target)
@@ -92,32 +92,38 @@ class Reporter:
     def note(self, step: Step, images_seen: int) -> None:
         """Take in an update."""
         for name, loss in step.losses.items():
-            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
-        self.updates_since += 1
+            total, updates = self._losses.get(name, (torch.zeros_like(loss), 0))
+            self._losses[name] = (total + loss, updates + 1)
         self.meter.end(images_seen, {})
-        for side in step.skipped:
+        for side in step.skipped if self.metrics is not None else ():
             _log.warning("A loss or gradient is not finite at image %d: the %s's step is dropped.", images_seen, side)
-            if self.metrics is not None:
-                self.metrics.skipped(side)
+            self.metrics.skipped(side)  # type: ignore[union-attr]
 
     def note_bad_samples(self, host: HostBatch) -> None:
-        """Name the samples that could not be read and were replaced."""
+        """Count the samples that could not be read and were replaced, and name each once."""
         for sample in host.bad:
-            _log.warning("Replaced sample %s of domain %s: %s.", sample.key, sample.domain, sample.reason)
-            if self.metrics is not None:
-                self.metrics.bad_sample(sample.domain)
+            self._bad[sample.domain] += 1
+            if (sample.domain, sample.key) not in self._named:
+                self._named.add((sample.domain, sample.key))
+                _log.warning("Replaced sample %s of domain %s: %s.", sample.key, sample.domain, sample.reason)
 
     def write(self) -> None:
-        """Print, append and export the means since the last time. Collective, for the losses are every rank's."""
-        names = sorted(self.losses)
-        means = mean_over_ranks(torch.stack([self.losses[name] for name in names]) / self.updates_since).tolist()
+        """Print, append and export what happened since the last time. Collective, for every rank has its share."""
+        names = sorted(self._losses)
+        means = [self._losses[name][0] / self._losses[name][1] for name in names]
+        bad = torch.tensor(list(self._bad.values()), dtype=torch.float32, device=self._device)
+        shared = mean_over_ranks(torch.cat([torch.stack(means), bad])).tolist()
         record = self.meter.record(self.rates, memory_bytes())
-        record = record._replace(losses=dict(zip(names, means, strict=True)))
-        self.losses, self.updates_since = {}, 0
+        record = record._replace(losses=dict(zip(names, shared[: len(names)], strict=True)))
+        replaced = [round(share * self._ranks.world) for share in shared[len(names) :]]
         _log.info("%s", progress_line(record))
         if self.stats is not None and self.metrics is not None:
             self.stats.append(record)
             self.metrics.update(record)
+            for domain, number in zip(self._bad, replaced, strict=True):
+                for _ in range(number):
+                    self.metrics.bad_sample(domain)
+        self._losses, self._bad = {}, dict.fromkeys(self._bad, 0)
 
     def close(self) -> None:
         """Stop serving metrics."""
@@ -137,6 +143,14 @@ def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch]]:
         stop=run.target,
         workers=run.settings.config.data.workers,
     )
+    # Reading processes are forked for the first batch, and never see the signals that are held back meanwhile: what is
+    # sent to the whole process group is for this process to answer, and one that ended of it would end the run.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        first = list(itertools.islice(hosts, 1))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    hosts = itertools.chain(first, hosts)
     while part := list(itertools.islice(hosts, run.layout.accumulation)):
         for host in part:
             reporter.note_bad_samples(host)
@@ -147,144 +161,119 @@ def _same(batches: Sequence[Batch], stream: str) -> Sequence[Batch]:
     return batches
 
 
-def _save(run: Run, reporter: Reporter, images_seen: int, updates: int) -> None:
-    """Write a checkpoint; a failure is told and counted, and training goes on."""
+def _finite(run: Run) -> bool:
+    """Say whether everything that a checkpoint would hold is finite. Collective."""
+    held = [
+        piece.values
+        for side in SIDES
+        for piece in engine_state.capture(
+            run.sides[side], run.ema.averages if side == "generator" else {}
+        ).pieces.values()
+        if piece.values.is_floating_point()
+    ]
+    largest = torch.stack(torch._foreach_norm(held, float("inf"))) if held else torch.zeros(1, device=run.device)
+    return not any_rank((~torch.isfinite(largest)).any().reshape(1))[0]
+
+
+def _save(run: Run, reporter: Reporter, images_seen: int, updates: int) -> bool:
+    """Write a checkpoint and say whether it is there; a failure is told and counted, and training goes on.
+
+    Raises:
+        TrainingError: A weight is not finite, which no later update mends.
+    """
+    if not _finite(run):
+        raise TrainingError(
+            f"a weight, average or moment of the optimizer is not finite at image {images_seen}, and no checkpoint of "
+            f"it is kept: {_ADVICE.format(run.settings.directory)}"
+        )
     begun = time.monotonic()
     directory = run.settings.directory / "checkpoints"
     state = run.start._replace(images_seen=images_seen, updates=updates)
     keep = run.settings.config.output.keep_checkpoints
     reason = checkpoint.save(directory, state, run.sides, run.ema, run.pools, keep)
+    if reporter.metrics is None:
+        return reason is None
     if reason is None:
         _log.info("Saved %s.", directory / checkpoint.directory_name(images_seen))
-        if reporter.metrics is not None:
-            reporter.metrics.checkpoint_saved(time.monotonic() - begun)
-        return
-    _log.error("No checkpoint at image %d: %s. Training goes on; the checkpoints before are kept.", images_seen, reason)
-    if reporter.metrics is not None:
+        reporter.metrics.checkpoint_saved(time.monotonic() - begun)
+    else:
+        _log.error("No checkpoint at image %d: %s. Those before it are kept.", images_seen, reason)
         reporter.metrics.checkpoint_failed()
+    return reason is None
 
 
-def loop(run: Run, stop: StopRequest) -> int:
-    """Train until the target or until asked to stop; return the exit code."""
-    reporter, output, train = Reporter(run), run.settings.config.output, run.settings.config.train
+def _sample(run: Run, images_seen: int) -> None:
+    """Write a sample grid; a disk that refuses it costs the grid, never the run."""
+    try:
+        run.sampler.write(run.settings.directory / "samples" / f"{checkpoint.directory_name(images_seen)}.png")
+    except OSError as error:
+        _log.warning("No sample grid at image %d: %s.", images_seen, error.strerror or error)
+
+
+def _update(run: Run, reporter: Reporter, batches: Iterator[list[Batch]], images_seen: int, updates: int) -> Step:
+    reporter.meter.begin()
+    with reporter.meter.waiting():
+        batch = next(batches)
+    factor = run.schedule.factor(images_seen)
+    reporter.rates = {
+        name: rate for side in run.sides.values() for name, rate in side.set_learning_rate(factor).items()
+    }
+    train = run.settings.config.train
+    pooled = {field: list(images) for field, images in run.pools.images.items()}
+    step = update(
+        run.method, run.sides, functools.partial(_same, batch), run.pools,
+        seed=train.seed, number=updates, images_seen=images_seen,
+    )  # fmt: skip
+    images_seen += train.global_batch
+    if step.skipped:  # fakes that are not finite would come back out of a pool and spoil later updates
+        run.pools.images = pooled
+    if "generator" not in step.skipped:
+        run.ema.update(images_seen, train.global_batch)
+    reporter.note(step, images_seen)
+    return step
+
+
+def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
+    """Train until the target or until asked to stop; return the exit code.
+
+    Raises:
+        TrainingError: Numbers stay not finite, or the last checkpoint cannot be written.
+    """
+    output, train = run.settings.config.output, run.settings.config.train
     images_seen, updates, bad_in_a_row = run.start.images_seen, run.start.updates, 0
-    saved_at = images_seen if updates else None
-    samples = run.settings.directory / "samples"
 
     def due(every: int) -> bool:
         return images_seen >= run.target or images_seen // every > (images_seen - train.global_batch) // every
 
     if not updates:
-        run.sampler.write(samples / "images_000000000000.png")
+        _sample(run, images_seen)
     batches = _batches(run, reporter)
-    stopping = False
+    saved, wanted, stopping = updates > 0, False, False
     while images_seen < run.target and not stopping:
-        reporter.meter.begin()
-        with reporter.meter.waiting():
-            batch = next(batches)
-        factor = run.schedule.factor(images_seen)
-        reporter.rates = {
-            name: rate for side in run.sides.values() for name, rate in side.set_learning_rate(factor).items()
-        }
-        step = update(
-            run.method, run.sides, functools.partial(_same, batch), run.pools,
-            seed=train.seed, number=updates, images_seen=images_seen,
-        )  # fmt: skip
-        images_seen, updates = images_seen + train.global_batch, updates + 1
-        if "generator" not in step.skipped:
-            run.ema.update(images_seen, train.global_batch)
+        step = _update(run, reporter, batches, images_seen, updates)
+        images_seen, updates, saved = images_seen + train.global_batch, updates + 1, False
         bad_in_a_row = bad_in_a_row + 1 if step.skipped else 0
-        reporter.note(step, images_seen)
-        stopping = stop.on_any_rank(run.device)
+        # Weights that have just met a number that is not finite may be ruined: saving and stopping wait until they
+        # have passed an update, or a few saves in a row would push out the last good checkpoint.
+        stopping = stop.on_any_rank(run.device) and not bad_in_a_row
         if due(output.log_every_images) or stopping:
             reporter.write()
         if bad_in_a_row >= train.max_bad_updates:
             raise TrainingError(
                 f"{bad_in_a_row} updates in a row had a loss or gradient that is not finite, which training does not "
-                "recover from by itself: lower the learning rate or train in fp32; the checkpoints in "
-                f"{run.settings.directory} hold good weights"
+                f"recover from by itself: {_ADVICE.format(run.settings.directory)}"
             )
+        wanted = wanted or due(output.checkpoint_every_images)
+        if wanted and not (bad_in_a_row or stopping or images_seen >= run.target):
+            saved, wanted = _save(run, reporter, images_seen, updates), False
         if due(output.sample_every_images):
-            run.sampler.write(samples / f"{checkpoint.directory_name(images_seen)}.png")
-        if due(output.checkpoint_every_images) or stopping:
-            _save(run, reporter, images_seen, updates)
-            saved_at = images_seen
-    if saved_at != images_seen:
-        _save(run, reporter, images_seen, updates)
-    reporter.close()
+            _sample(run, images_seen)
+    if not (saved or _save(run, reporter, images_seen, updates)):
+        raise TrainingError(
+            f"the run is at image {images_seen}, but its last checkpoint could not be written; make room on the disk "
+            "and start it again: it goes on from the newest checkpoint before"
+        )
     return DONE if images_seen >= run.target else STOPPED
-
-
-def plan(run: Run) -> Plan:
-    """Return what the run is about to do."""
-    networks = {
-        name: sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-        for side in run.sides.values()
-        for name, module in side.module.named_children()
-    }
-    info = ops.build_info()
-    return Plan(
-        method=f"{run.start.config['method']['name']} ({run.start.config['method']['preset']})",
-        run_directory=run.settings.directory,
-        device=run.device.type,
-        nodes=max(1, run.ranks.world // run.ranks.local_world),
-        ranks=run.ranks.world,
-        micro_batch=run.layout.micro_batch,
-        accumulation=run.layout.accumulation,
-        parameters=networks,
-        images_seen=run.start.images_seen,
-        target_images=run.target,
-        updates=run.target // run.settings.config.train.global_batch,
-        precision=run.layout.precision,
-        zero_stages={side: engine.layout.stage for side, engine in run.sides.items()},
-        ops_backend=", ".join(info["cuda" if run.device.type == "cuda" else "cpu"]) or "reference",
-    )
-
-
-def resume_command(arguments: Sequence[str], local_world: int) -> str:
-    """Return the command that goes on with this run, in the words it was started with."""
-    kept = [argument for argument in arguments if not argument.startswith("--local_rank") and argument != "--fresh"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", f"--nproc_per_node={local_world}"]
-    elif "CROSS_RANK" in os.environ:
-        launcher = ["deepspeed", f"--num_gpus={local_world}"]
-    elif "SLURM_PROCID" in os.environ:
-        launcher = ["srun", "python"]
-    else:
-        launcher = ["python"]
-    return shlex.join([*launcher, sys.argv[0], *kept])
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        ConfigError: An option that is not known, with its name here where it is a habit from another trainer.
-    """
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train an image-to-image translation GAN.", allow_abbrev=False
-    )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML file, see configs/")
-    parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="change one key"
-    )
-    parser.add_argument(
-        "--run", metavar="DIR", help="the run's directory (default: runs/ and the configuration's name)"
-    )
-    parser.add_argument(
-        "--resume", default="auto", metavar="auto|CHECKPOINT", help="where to go on from (default: auto)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="start over in a new directory beside the run's")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
-    options, unknown = parser.parse_known_args(arguments)
-    unknown = [argument for argument in unknown if not argument.startswith("--deepspeed")]
-    if unknown:
-        name, _, value = unknown[0].lstrip("-").partition("=")
-        value = value or (unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE")
-        hint = f"write --set {_HABITS[name]}={value}" if name in _HABITS else "see --help; all else is --set KEY=VALUE"
-        raise ConfigError(f"{unknown[0]} is not an option here; {hint}")
-    return options
 
 
 def _prepare_process(ranks: Ranks, device: torch.device) -> None:
@@ -298,25 +287,61 @@ def _prepare_process(ranks: Ranks, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, arguments: Sequence[str]) -> int:
-    stop = StopRequest()
-    device = engines.start(ranks, settings.config.engine.timeout_seconds)
-    _prepare_process(ranks, device)
-    problem, held = "", None
+def _start_engines(ranks: Ranks, timeout_seconds: int) -> torch.device:
+    try:
+        return engines.start(ranks, timeout_seconds)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']}, on which the ranks meet, is in use, perhaps by another run; give the "
+            "launcher another: --master_port N"
+        ) from None
+
+
+def _on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Let rank 0 do something in the run's directory; where it cannot, every rank raises the same `ConfigError`."""
+    problem, result = "", None
     if ranks.rank == 0:
         try:
-            held = run_directory.lock(settings.directory)
-            run_directory.write_config(settings.directory, config.dump(settings.config, settings.method_config))
+            result = work()
         except ConfigError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"the run's directory cannot be written: {error.filename}: {error.strerror}"
     if problem := from_first_rank(problem):
         raise ConfigError(problem)
+    return result
+
+
+def _take_over(run: Run) -> None:
+    """Leave in the run's directory what belongs to the training that starts now, and nothing that comes after it."""
+    directory, settings = run.settings.directory, run.settings
+    run_directory.write_config(directory, config.dump(settings.config, settings.method_config))
+    StatsLog(directory / "stats.jsonl").truncate_after(run.start.images_seen)
+    run_directory.set_aside(directory, run.start.images_seen, run.resumed_from)
+
+
+def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, arguments: Sequence[str]) -> int:
+    stop = StopRequest()
+    device = _start_engines(ranks, settings.config.engine.timeout_seconds)
+    _prepare_process(ranks, device)
+    settings = settings._replace(directory=Path(from_first_rank(str(settings.directory))))
+    held = _on_first_rank(ranks, lambda: run_directory.lock(settings.directory))
     setup_logging(ranks.rank, settings.directory)
+    logging.raiseExceptions = False  # a full disk must not answer each line of the log with a traceback
+    if options.deepspeed_config and ranks.rank == 0:
+        _log.warning("--deepspeed_config has no effect: the engines are set by the configuration's section 'engine'.")
     run = assemble(settings, ranks, device, options.resume)
+    _on_first_rank(ranks, lambda: _take_over(run))
     _log.info("%s", plan_text(plan(run)))
-    code = loop(run, stop)
+    reporter = Reporter(run)
+    try:
+        code = loop(run, stop, reporter)
+    finally:
+        reporter.close()
     if code == STOPPED:
-        _log.info("Stopped. Resume with: %s", resume_command(arguments, ranks.local_world))
+        _log.info("Stopped. Resume with: %s", resume_command(arguments, settings.directory, ranks))
     else:
         _log.info("Done: %d images seen. Run directory: %s", run.target, settings.directory)
     engines.stop()
@@ -337,11 +362,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print(config.dump(loaded, method_config), end="")
             return DONE
-        ranks = adopt_environment(os.environ)
+        try:
+            ranks = adopt_environment(os.environ)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         directory = run_directory.choose(options.run, options.config, options.fresh)
         return _train(options, Settings(loaded, method_class, method_config, directory), ranks, arguments)
-    except (ConfigError, CheckpointError, TrainingError, ValueError) as error:
-        code = MISCONFIGURED if isinstance(error, ConfigError) else FAILED
+    except (ConfigError, CheckpointError, TrainingError) as error:  # the same on every rank
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return code
+        return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
+    except (ValueError, RuntimeError) as error:  # of this rank alone
+        text = str(error)
+        if any(sign in text for sign in _PEER_IS_GONE):
+            text = f"another rank has ended, and this one cannot go on alone ({text.splitlines()[0]})"
+        elif not isinstance(error, ValueError):
+            raise
+        print(f"train.py: rank {rank}: {text}", file=sys.stderr, flush=True)
+        return FAILED

@@ -1,0 +1,439 @@
+"""What is saved at one ZeRO stage and world size is restored at any other byte for byte, and training goes on the same.
+
+Two launches, of one rank and of two, run side by side: each trains and saves at every stage, waits until the other has
+too, restores all that both have saved at every stage of its own, saves again, and trains on.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from i2i_dist import checkpoint
+from i2i_dist.checkpoint import State, directory_name, newest_verified, verify
+from i2i_dist.distributed import barrier, gather_texts, rank_and_world
+from i2i_dist.ema import Ema
+from i2i_dist.engines import Layout, SideEngine
+from i2i_dist.method import SIDES
+from i2i_dist.methods import resolve
+from i2i_dist.pool import ImagePools
+from i2i_dist.step import Sides, update
+from tests.ranks import run_ranks
+from tests.test_engines import GLOBAL_BATCH, SEED, ExactForward, micro_batches
+
+# The pools of two ranks are full after four updates and exchange in the fifth, so what they hold matters from there on;
+# pools that start empty are not full within two updates, on one rank either, so there the number of ranks changes
+# nothing.
+POOL, BEFORE, AFTER = 8, 5, 2
+STAGES, WORLDS = range(4), (1, 2)
+CASES = list(itertools.product(WORLDS, STAGES, WORLDS, STAGES))
+CPU = torch.device("cpu")
+
+
+class Trainer:
+    """A small CycleGAN with a counter among the generator's buffers, its engines, average and pools."""
+
+    def __init__(self, stage: int, seed: int, precision: Any = "fp32", half_life: int = 10) -> None:
+        small = {"width": 3, "blocks": 1, "critic_width": 3, "pool_size": POOL, "lr": 2e-3}
+        method, config = resolve({"name": "cyclegan", **small})
+        self.method: Any = method(config, torch.Generator().manual_seed(seed))
+        draw = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for side in SIDES:
+                for parameter in getattr(self.method, side).parameters():
+                    parameter.mul_(10.0).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
+        generator = self.method.generator
+        generator.register_buffer("passes", torch.tensor(1000 * seed))  # int64, no dimension
+        generator.register_buffer("seen", torch.full((2, 3), float(seed)))
+        generator.register_forward_pre_hook(self.count)
+        _, world = rank_and_world()
+        layout = Layout(GLOBAL_BATCH // world, 1, world, stage=stage, precision=precision, persistence_threshold=0)
+        self.sides: Sides = {
+            # With this eps a bias in front of an instance norm, whose gradient is rounding, stays where it is.
+            side: SideEngine(getattr(self.method, side), groups, layout, CPU, eps=1e-3, fused=True)
+            for side, groups in self.method.parameter_groups().items()
+        }
+        self.ema = Ema(self.sides["generator"], half_life)
+        self.pools = ImagePools(self.method.fakes, POOL, SEED)
+        self.exact = precision == "fp32"
+
+    @staticmethod
+    def count(module: nn.Module, _: Any) -> None:
+        module.passes += 1
+        module.seen += 0.5
+
+    def train(self, first: int, after: int) -> None:
+        for step in range(first, after):
+            batches = micro_batches(step, 1)
+            if not self.exact:
+                batches = [batch._replace(a=batch.a.float(), b=batch.b.float()) for batch in batches]
+            with ExactForward() if self.exact else torch.enable_grad():
+                update(
+                    self.method, self.sides, lambda _, now=batches: now, self.pools,
+                    seed=SEED, number=step, images_seen=step * GLOBAL_BATCH,
+                )  # fmt: skip
+            self.ema.update((step + 1) * GLOBAL_BATCH, GLOBAL_BATCH)
+
+    def save(self, directory: Path, steps: int, keep: int = 99) -> str | None:
+        state = State(steps * GLOBAL_BATCH, steps, rank_and_world()[1], {"method": {}}, {})
+        return checkpoint.save(directory, state, self.sides, self.ema, self.pools, keep)
+
+    def empty_pools(self) -> None:
+        self.pools.restore({}, CPU)
+
+
+def saved(root: Path, world: int, stage: int, what: str = "kept") -> Path:
+    return root / f"world_{world}_stage_{stage}" / what
+
+
+BEFORE_NAME, AFTER_NAME = directory_name(BEFORE * GLOBAL_BATCH), directory_name((BEFORE + AFTER) * GLOBAL_BATCH)
+
+
+def train_and_save(root: Path, stage: int) -> None:
+    """Save, go on, and save what came of it: with the pools as they are, and with pools that start empty."""
+    _, world = rank_and_world()
+    trainer = Trainer(stage, seed=0)
+    trainer.train(0, BEFORE)
+    assert trainer.save(saved(root, world, stage), BEFORE) is None
+    trainer.train(BEFORE, BEFORE + AFTER)
+    assert trainer.save(saved(root, world, stage), BEFORE + AFTER) is None
+    trainer = Trainer(stage, seed=0)
+    trainer.train(0, BEFORE)
+    trainer.empty_pools()
+    trainer.train(BEFORE, BEFORE + AFTER)
+    assert trainer.save(saved(root, world, stage, "emptied"), BEFORE + AFTER) is None
+    if stage == 0 and world == 1:  # here the modules hold everything, so the files can be compared with them
+        sides = trainer.sides.items()
+        weights = {
+            f"{side}/{name}": p.detach() for side, engine in sides for name, p in engine.module.named_parameters()
+        }
+        torch.save(weights, root / "weights.pt")
+
+
+def restore_and_go_on(root: Path, world: int, stage: int, stage_now: int, warnings: list[str]) -> dict[str, Any]:
+    rank, world_now = rank_and_world()
+    source, own = saved(root, world, stage) / BEFORE_NAME, root / f"again_{world_now}"
+    if rank == 0:
+        shutil.rmtree(own, ignore_errors=True)
+    barrier()
+    trainer = Trainer(stage_now, seed=7)
+    if (stage + stage_now) % 2:
+        trainer.train(0, 1)  # engines that have stepped on other weights must forget them
+    warnings.clear()
+    state = checkpoint.restore(source, trainer.sides, trainer.ema, trainer.pools, CPU)
+    assert trainer.save(own, BEFORE) is None
+    trainer.train(BEFORE, BEFORE + AFTER)
+    assert trainer.save(own, BEFORE + AFTER) is None
+    if rank != 0:
+        return {}
+    aim = saved(root, world, stage, "kept" if world == world_now else "emptied") / AFTER_NAME
+    return {
+        "state": (state.images_seen, state.updates, state.world),
+        "files differ": differing(own / BEFORE_NAME, source),
+        "numbers": numbers(own / BEFORE_NAME) == numbers(source),
+        "later files differ": differing(own / AFTER_NAME, aim),
+        "later numbers": numbers(own / AFTER_NAME) == numbers(aim),
+        "distance": distance(own / AFTER_NAME, aim),
+        "warnings": list(warnings),
+    }
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Name the tensor files that are not the same bytes in both checkpoints."""
+    names = {path.name for path in [*one.glob("*.safetensors"), *other.glob("*.safetensors")]}
+    return sorted(
+        name
+        for name in names
+        if not ((one / name).is_file() and (other / name).is_file())
+        or not filecmp.cmp(one / name, other / name, shallow=False)
+    )
+
+
+def numbers(path: Path) -> Any:
+    return json.loads((path / "state.json").read_text())["optimizer"]
+
+
+def distance(one: Path, other: Path) -> float:
+    """Return the largest difference of any parameter, moment, average or buffer."""
+    worst = 0.0
+    for side in SIDES:
+        ours, theirs = load_file(one / f"{side}.safetensors"), load_file(other / f"{side}.safetensors")
+        assert ours.keys() == theirs.keys()
+        worst = max(worst, *(float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours))
+    return worst
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the other launch has not written {path}")
+        time.sleep(0.05)
+
+
+class Noted(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def matrix(directory: str) -> dict[Any, Any]:
+    """Run on every rank of either launch."""
+    root, (rank, world_now) = Path(directory), rank_and_world()
+    warnings: list[str] = []
+    logging.getLogger("i2i_dist.checkpoint").addHandler(Noted(warnings))
+    for stage in STAGES:
+        train_and_save(root, stage)
+    barrier()
+    if rank == 0:
+        (root / f"sources_{world_now}").touch()
+    for world in WORLDS:
+        wait_for(root / f"sources_{world}")
+    results: dict[Any, Any] = {}
+    for world, stage, stage_now in itertools.product(WORLDS, STAGES, STAGES):
+        results[world, stage, world_now, stage_now] = restore_and_go_on(root, world, stage, stage_now, warnings)
+    if world_now == 2:
+        results["bf16"] = bf16(root / "bf16")
+        results["no average"] = average_switched_on(root)
+        results["before the first update"] = before_the_first_update(root / "first")
+        results["faults"] = faults(root / "faults")
+    return results
+
+
+def bf16(directory: Path) -> dict[str, Any]:
+    """Save under autocast at one stage, restore at two."""
+    trainer = Trainer(2, seed=0, precision="bf16")
+    trainer.train(0, BEFORE)
+    assert trainer.save(directory, BEFORE) is None
+    trainer.train(BEFORE, BEFORE + AFTER)
+    assert trainer.save(directory, BEFORE + AFTER) is None
+    found = {}
+    for stage in (2, 3):
+        again = Trainer(stage, seed=7, precision="bf16")
+        checkpoint.restore(directory / BEFORE_NAME, again.sides, again.ema, again.pools, CPU)
+        own = directory.with_name(f"bf16_{stage}")
+        assert again.save(own, BEFORE) is None
+        again.train(BEFORE, BEFORE + AFTER)
+        assert again.save(own, BEFORE + AFTER) is None
+        found[stage] = (
+            differing(own / BEFORE_NAME, directory / BEFORE_NAME),
+            differing(own / AFTER_NAME, directory / AFTER_NAME),
+        )
+    return found
+
+
+def average_switched_on(root: Path) -> dict[str, Any]:
+    """Save without an average, go on with one: it starts at the weights; and the replica is filled with it."""
+    trainer = Trainer(1, seed=0, half_life=0)
+    trainer.train(0, 1)
+    assert trainer.save(root / "no_average", 1) is None
+    path = root / "no_average" / directory_name(GLOBAL_BATCH)
+    again = Trainer(3, seed=7)
+    checkpoint.restore(path, again.sides, again.ema, again.pools, CPU)
+    stored = load_file(path / "generator.safetensors")
+    rank, _ = rank_and_world()
+    found = {"ema in the file": sum(key.startswith("ema/") for key in stored)}
+    for name, ema in (("off", trainer.ema), ("on", again.ema)):
+        replica = Trainer(0, seed=3).method.generator if rank == 0 else (Trainer(0, seed=3) and None)
+        ema.load_into(replica)
+        if replica is not None:
+            found[name] = max(float((p - stored[f"param/{key}"]).abs().max()) for key, p in replica.named_parameters())
+    return found
+
+
+def before_the_first_update(directory: Path) -> list[str]:
+    trainer = Trainer(1, seed=0)
+    assert trainer.save(directory, 0) is None
+    again = Trainer(2, seed=7)
+    checkpoint.restore(directory / directory_name(0), again.sides, again.ema, again.pools, CPU)
+    assert again.save(directory.with_name("first_again"), 0) is None
+    again.train(0, 1)
+    trainer.train(0, 1)
+    assert again.save(directory.with_name("first_again"), 1) is None
+    assert trainer.save(directory, 1) is None
+    pairs = [(directory / directory_name(n), directory.with_name("first_again") / directory_name(n)) for n in (0, 4)]
+    return [name for pair in pairs for name in differing(*pair)]
+
+
+# --------------------------------------------------------------------------------------------- full disks, on two ranks
+
+FAULTS: list[tuple[int, Any, str, int]] = [  # rank that meets it, function, which call of it
+    (0, Path, "mkdir", 0), (0, Path, "open", 0), (0, os, "pwrite", 0), (1, os, "pwrite", 0), (1, os, "pwrite", 9),
+    (1, os, "fsync", 1), (1, Path, "write_bytes", 0), (0, os, "fsync", 0), (0, os, "fsync", 3), (0, os, "rename", 0),
+]  # fmt: skip
+
+
+@contextmanager
+def disk_full(owner: Any, name: str, at: int) -> Iterator[None]:
+    function, calls = getattr(owner, name), itertools.count()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
+
+
+def faults(directory: Path) -> list[Any]:
+    rank, _ = rank_and_world()
+    trainer = Trainer(1, seed=0)
+    trainer.train(0, 1)
+    assert trainer.save(directory, 1) is None
+    found = []
+    for failing, owner, name, at in FAULTS:
+        if rank == failing:
+            with disk_full(owner, name, at):
+                reason = trainer.save(directory, 2, keep=1)
+        else:
+            reason = trainer.save(directory, 2, keep=1)
+        left = sorted(path.name for path in directory.iterdir())
+        verified = newest_verified(directory)
+        reasons = gather_texts(str(reason))
+        found.append((reasons, left, verified[0] == directory / directory_name(GLOBAL_BATCH), list(verified[1])))
+        barrier()
+    found.append(trainer.save(directory, 3, keep=1))
+    verify(directory / directory_name(3 * GLOBAL_BATCH))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the tests
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where both launches save: in memory if there is such a place, since a disk's flushes take their time."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path_factory.mktemp("checkpoints")
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[Any, Any]:
+    answers: dict[int, Any] = {}
+
+    def launch(world: int) -> None:
+        logs = root / f"logs_{world}"
+        logs.mkdir()
+        try:
+            answers[world] = run_ranks(world, "tests.test_checkpoint_ranks:matrix", logs, str(root))[0]
+        except AssertionError as error:
+            answers[world] = error
+
+    launches = [threading.Thread(target=launch, args=(world,)) for world in WORLDS]
+    for one in launches:
+        one.start()
+    for one in launches:
+        one.join()
+    for answer in answers.values():
+        if isinstance(answer, AssertionError):
+            raise answer
+    return answers[1] | answers[2]
+
+
+@pytest.mark.parametrize(("world", "stage", "world_now", "stage_now"), CASES)
+def test_restored_anywhere_it_is_the_same(
+    results: dict[Any, Any], world: int, stage: int, world_now: int, stage_now: int
+) -> None:
+    case = results[world, stage, world_now, stage_now]
+    assert case["state"] == (BEFORE * GLOBAL_BATCH, BEFORE, world)
+    assert case["numbers"]
+    assert case["later numbers"]
+    if world == world_now:
+        assert case["files differ"] == []  # sides and pools
+        assert case["warnings"] == []
+        if stage == stage_now:
+            assert case["later files differ"] == []
+    else:
+        assert [name for name in case["files differ"] if not name.startswith("pool_")] == []
+        assert case["warnings"] == [
+            f"The checkpoint was written by {world} ranks and there are {world_now} now: the image pools start empty."
+        ]
+    assert case["distance"] <= 1e-6
+
+
+def test_the_runs_above_could_have_told(results: dict[Any, Any], root: Path) -> None:
+    """Training moves the weights, the average differs from them, and what the pools hold changes what follows."""
+    before, after = (saved(root, 2, 0) / name for name in (BEFORE_NAME, AFTER_NAME))
+    emptied = saved(root, 2, 0, "emptied") / AFTER_NAME
+    assert distance(before, after) > 1e-3
+    ours, theirs = (load_file(path / "discriminator.safetensors") for path in (after, emptied))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) > 1e-4
+    stored = load_file(before / "generator.safetensors")
+    averages = {key: value for key, value in stored.items() if key.startswith("ema/")}
+    assert len(averages) == sum(key.startswith("param/") for key in stored) > 10
+    assert max(float((value - stored[f"param/{key[4:]}"]).abs().max()) for key, value in averages.items()) > 1e-4
+    assert len(load_file(before / "pool_rank_0001.safetensors")["fake_a"]) == POOL
+
+
+def test_buffers_are_saved_in_their_own_dtype(results: dict[Any, Any], root: Path) -> None:
+    stored = load_file(saved(root, 2, 3) / AFTER_NAME / "generator.safetensors")
+    assert stored["buffer/passes"].dtype == torch.int64
+    assert stored["buffer/passes"].shape == ()
+    assert stored["buffer/passes"].item() == BEFORE + AFTER
+    assert torch.equal(stored["buffer/seen"], torch.full((2, 3), 0.5 * (BEFORE + AFTER)))
+
+
+def test_files_hold_the_weights_of_the_modules(results: dict[Any, Any], root: Path) -> None:
+    weights: dict[str, Tensor] = torch.load(root / "weights.pt", weights_only=True)
+    for stage in STAGES:  # on one rank; what two wrote is read on one rank above
+        for side in SIDES:
+            stored = load_file(saved(root, 1, stage, "emptied") / AFTER_NAME / f"{side}.safetensors")
+            mine = {key.partition("/")[2]: value for key, value in weights.items() if key.startswith(side)}
+            assert {key[6:] for key in stored if key.startswith("param/")} == mine.keys()
+            for name, value in mine.items():
+                assert stored[f"param/{name}"].shape == value.shape
+                assert torch.allclose(stored[f"param/{name}"], value, rtol=0, atol=1e-6)
+
+
+def test_autocast_to_bf16_changes_nothing_about_it(results: dict[Any, Any]) -> None:
+    assert results["bf16"][2] == ([], [])
+    assert results["bf16"][3][0] == []
+
+
+def test_an_average_may_be_switched_on_later(results: dict[Any, Any]) -> None:
+    assert results["no average"] == {"ema in the file": 0, "off": 0.0, "on": 0.0}
+
+
+def test_nothing_has_happened_yet_is_a_state_too(results: dict[Any, Any]) -> None:
+    assert results["before the first update"] == []
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"rank{r}-{n}-{at}" for r, _, n, at in FAULTS])
+def test_a_disk_full_on_one_rank_is_known_to_all(results: dict[Any, Any], number: int) -> None:
+    reasons, left, old_one_is_good, skipped = results["faults"][number]
+    assert reasons == [f"rank {FAULTS[number][0]}: No space left on device"] * 2
+    assert left == [directory_name(GLOBAL_BATCH), "latest"]
+    assert old_one_is_good
+    assert skipped == []
+
+
+def test_after_full_disks_a_save_works(results: dict[Any, Any]) -> None:
+    assert results["faults"][-1] is None

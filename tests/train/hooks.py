@@ -1,0 +1,59 @@
+"""Faults: functions that a test has called in a run's process before the run begins."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+from i2i_dist import train
+from i2i_dist.data import reader
+from i2i_dist.data.batch import BadData
+
+FILE_LIMIT = 40_000  # bytes: less than one side of a checkpoint, more than everything else that a short run writes
+
+
+def files_stay_small() -> None:
+    """What a full disk does, to large files only."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+
+
+def nothing_can_be_read() -> None:
+    def broken(data: bytes) -> Any:
+        raise BadData("broken on purpose")
+
+    reader.decode_image = broken
+
+
+def _before_updates(change: Callable[[int, Any, Any], None]) -> None:
+    real = train.update
+
+    def update(method: Any, sides: Any, draw_batches: Any, *arguments: Any, number: int, **named: Any) -> Any:
+        batches = draw_batches("unpaired")
+        change(number, sides, batches)
+        return real(method, sides, lambda stream: batches, *arguments, number=number, **named)
+
+    train.update = update
+
+
+def _spoil(batches: Any) -> None:
+    batches[0].a.fill_(float("nan"))
+
+
+def nan_from_update_5() -> None:
+    _before_updates(lambda number, sides, batches: _spoil(batches) if number >= 5 else None)
+
+
+def nan_in_updates_3_and_4() -> None:
+    _before_updates(lambda number, sides, batches: _spoil(batches) if number in (3, 4) else None)
+
+
+def infinite_weight_at_update_5() -> None:
+    """A weight that no forward pass notices: a bias in front of an instance norm."""
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if number == 5:
+            moments = sides["generator"].optimizer.state
+            next(iter(moments.values()))["exp_avg_sq"].fill_(float("inf"))
+
+    _before_updates(change)

@@ -1,0 +1,104 @@
+"""A run that is asked to stop finishes its update, saves, says how to go on, and is gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import termios
+import time
+from pathlib import Path
+
+from i2i_dist import checkpoint
+from tests.ranks import free_port
+from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, rows, settings, start_ranks
+
+# With a reading process on each rank, for a signal to a process group reaches those too.
+ENDLESS = settings(schedule__constant_epochs=5000, output__checkpoint_every_images=100_000, data__workers=1)
+
+
+def assert_saved_where_it_stopped(run: Path, text: str) -> int:
+    """The only news is a checkpoint of the last update that the log tells of; returns its images."""
+    assert 'i2i_dist/train.py", line' not in text  # the deepspeed command itself ends in a traceback after Ctrl-C
+    last = rows(run)[-1]["images_seen"]
+    assert checkpoints(run)[-1] == f"images_{last:012d}"
+    for name in checkpoints(run):
+        checkpoint.verify(run / "checkpoints" / name)
+    assert not list((run / "checkpoints").glob(".writing-*"))
+    return int(last)
+
+
+def resume_line(process: Started) -> str:
+    (found,) = re.findall(r"Stopped\. Resume with: (.+)", process.text)
+    return str(found)
+
+
+def test_ctrl_c_and_sigterm_through_deepspeed(dclgan: Path, tmp_path: Path) -> None:
+    """Ctrl-C twice at the terminal; then the printed command as it stands, ended by SIGTERM to its process group."""
+    run = tmp_path / "run"
+    words = [SCRIPT, "--config", str(dclgan), "--run", str(run), *ENDLESS]
+    terminal, stdin = pty.openpty()
+    first = launch(
+        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *words],
+        tmp_path / "first",
+        stdin=stdin,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    first.wait_for("img 8/")
+    os.write(terminal, b"\x03")
+    time.sleep(0.1)
+    os.write(terminal, b"\x03")
+    first.wait_until_gone()
+    os.close(terminal)
+    os.close(stdin)
+    stopped = assert_saved_where_it_stopped(run, first.text)
+
+    second = launch(["sh", "-c", resume_line(first)], tmp_path / "second")
+    second.wait_for(f"img {stopped + 4}/")
+    second.signal_group(signal.SIGTERM)
+    second.wait_until_gone()
+    assert "resumes at image" in second.text
+    assert resume_line(second) == resume_line(first)
+    assert assert_saved_where_it_stopped(run, second.text) >= stopped + 4
+    assert [row["images_seen"] for row in rows(run)] == list(range(2, rows(run)[-1]["images_seen"] + 1, 2))
+
+
+def test_more_signals_tear_nothing(cyclegan: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = start_ranks(2, ["--config", cyclegan, "--run", run, *ENDLESS], tmp_path / "log")
+    ranks[0].wait_for("img 8/")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.signal_group(number)
+        time.sleep(0.03)
+    codes, (text, _) = finish(ranks)
+    assert codes == [75, 75], text
+    assert_saved_where_it_stopped(run, text)
+
+
+def test_a_signal_during_the_start_is_heard(dclgan: Path, tmp_path: Path) -> None:
+    """It may come before there is anything to save; the run then does one update and leaves in order."""
+    run = tmp_path / "run"
+    ranks = start_ranks(2, ["--config", dclgan, "--run", run, *ENDLESS], tmp_path / "log")
+    while not (run / ".lock").exists():  # the handlers are set before
+        time.sleep(0.005)
+    ranks[1].signal(signal.SIGUSR1)
+    codes, (text, _) = finish(ranks)
+    assert codes == [75, 75], text
+    assert assert_saved_where_it_stopped(run, text) == 2
+
+
+def test_the_command_of_plain_python_resumes(dclgan: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = launch(["python", SCRIPT, "--config", str(dclgan), "--run", str(run), *ENDLESS], tmp_path / "first")
+    first.wait_for("img 8/")
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 75, first.text
+    stopped = assert_saved_where_it_stopped(run, first.text)
+    second = launch(["sh", "-c", f"exec {resume_line(first)}"], tmp_path / "second")
+    second.wait_for(f"img {stopped + 2}/")
+    second.signal(signal.SIGTERM)
+    assert second.wait() == 75, second.text
