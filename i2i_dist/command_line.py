@@ -65,16 +65,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def resume_command(arguments: Sequence[str], directory: Path, ranks: Ranks) -> str:
     """Return the command that goes on with this run, in the words it was started with."""
+    # The directory may be one that --fresh chose, and the run goes on from its own newest checkpoint.
+    dropped = ("--run", "--run-dir", "--resume", "--local_rank")
     kept: list[str] = []
     words = iter(argument for argument in arguments if argument != "--fresh")
     for word in words:
         name, equals, _ = word.partition("=")
-        if name not in (
-            "--run",
-            "--run-dir",
-            "--resume",
-            "--local_rank",
-        ):  # the run may be a new one, and goes on from its newest
+        if name not in dropped:
             kept.append(word)
         elif not equals:
             next(words, None)

@@ -36,14 +36,15 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Stage = Annotated[int, Field(ge=0, le=3)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 
 
 class DataConfig(Section):
     """Where the images are and how they become training pictures (sizes in pixels)."""
 
     root: str  # holds trainA/ trainB/ testA/ testB/: image folders of any depth, or shards written by launchers/pack.py
-    load_size: Annotated[int, Field(ge=16)] = 286  # every image is resized to load_size x load_size
-    crop_size: Annotated[int, Field(ge=16, multiple_of=4)] = 256  # then a random crop_size x crop_size window is cut
+    load_size: Annotated[int, Field(ge=24)] = 286  # every image is resized to load_size x load_size
+    crop_size: Annotated[int, Field(ge=24, multiple_of=4)] = 256  # then a random crop_size x crop_size window is cut
     flip: bool = True  # mirror every other image
     decay_jitter: bool = False  # False: no random window once the learning rate decays, as the official code does
     workers: NotNegative = 4  # reading processes per rank; 0 reads in the training process
@@ -87,7 +88,7 @@ class EngineConfig(Section):
     generator_stage: Stage = 0  # ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too
     discriminator_stage: Stage = 0
     gradient_clipping: Weight = 0.0  # largest norm of a side's gradient; 0 does not clip
-    timeout_seconds: Positive = 1800  # a rank that waits longer for another ends the run
+    timeout_seconds: Annotated[int, Field(ge=1, le=86_400)] = 1800  # a rank that waits longer for another ends the run
 
 
 class OutputConfig(Section):

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from i2i_dist.config import NotNegative, Positive, Section, Weight
+from i2i_dist.config import Beta, NotNegative, Positive, Section, Weight
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -43,7 +43,7 @@ class Hyperparameters(Section):
     lambda_identity: Weight = 0.5  # relative to the cycle terms
     pool_size: NotNegative = 50
     lr: Weight = 2e-4
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: tuple[Beta, Beta] = (0.5, 0.999)
 
 
 class Outputs(NamedTuple):

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from i2i_dist.config import NotNegative, Positive, Section, Weight
+from i2i_dist.config import Beta, NotNegative, Positive, Section, Weight
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -53,8 +53,18 @@ class Hyperparameters(Section):
     pool_size: NotNegative = 0
     lr: Weight = 2e-4
     lr_heads: Weight = 1e-3
-    betas: tuple[float, float] = (0.5, 0.999)
-    betas_heads: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.5, 0.999)
+    betas_heads: tuple[Beta, Beta] = (0.9, 0.999)
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> Hyperparameters:
+        known = ["rgb", "down1", "down2", *(f"block{number}" for number in range(1, self.blocks + 1))]
+        for layer in self.nce_layers:
+            if layer not in known:
+                raise ValueError(
+                    f"nce_layers: given '{layer}', allowed with {self.blocks} blocks is any of {', '.join(known)}"
+                )
+        return self
 
 
 class Outputs(NamedTuple):
