@@ -92,8 +92,8 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     layout = _layout(config, ranks.world, precision)
     if layout.accumulation > 1 and getattr(settings.method_config, "negatives", "image") == "global_batch":
         raise ConfigError(
-            f"method.negatives: given 'global_batch', but with {layout.accumulation} micro-batches in an update a patch "
-            "meets those of its own micro-batch alone; allowed is 'image', or leave train.micro_batch out"
+            f"method.negatives: given 'global_batch', but of {layout.accumulation} micro-batches a patch meets "
+            "those of its own alone; allowed is 'image', or leave train.micro_batch out"
         )
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
     start = _start(settings, sources, found, ranks)

@@ -226,7 +226,7 @@ def validate(model: type[ModelT], tree: Mapping[str, Any], prefix: str = "") -> 
 
 def _explain(model: type[BaseModel], details: ErrorDetails, prefix: str) -> str:
     location = [str(part) for part in details["loc"]]
-    path = prefix + ".".join(location)
+    path = prefix + ".".join(location) if location else prefix.rstrip(".")
     if details["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         nearest = difflib.get_close_matches(location[-1], known, n=1)
@@ -236,7 +236,7 @@ def _explain(model: type[BaseModel], details: ErrorDetails, prefix: str) -> str:
         return f"{path}: missing; it has no default"
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if details["type"] == "value_error":
-        return f"{path or prefix.rstrip('.')}: {message}"
+        return f"{path}: {message}"
     hint = ""
     if details["type"] == "literal_error" and isinstance(details["input"], str):
         nearest = difflib.get_close_matches(details["input"], re.findall(r"'([^']*)'", message), n=1)

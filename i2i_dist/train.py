@@ -143,14 +143,6 @@ def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch]]:
         stop=run.target,
         workers=run.settings.config.data.workers,
     )
-    # Reading processes are forked for the first batch, and never see the signals that are held back meanwhile: what is
-    # sent to the whole process group is for this process to answer, and one that ended of it would end the run.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        first = list(itertools.islice(hosts, 1))
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    hosts = itertools.chain(first, hosts)
     while part := list(itertools.islice(hosts, run.layout.accumulation)):
         for host in part:
             reporter.note_bad_samples(host)

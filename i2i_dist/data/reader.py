@@ -186,7 +186,7 @@ def _loaded(numbered: _MicroBatches, workers: int) -> Iterator[HostBatch | _Fail
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group, but it is the parent that ends training in order; and the parent's
-    # handler of SIGTERM, inherited over the fork, must not run in a worker that is told to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What is sent to the whole process group is for the trainer to answer: it finishes its update, for which it needs
+    # its workers, and ends them itself. They also end when it is gone.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -58,11 +58,12 @@ class Hyperparameters(Section):
 
     @model_validator(mode="after")
     def _layers_exist(self) -> Hyperparameters:
-        known = ["rgb", "down1", "down2", *(f"block{number}" for number in range(1, self.blocks + 1))]
         for layer in self.nce_layers:
-            if layer not in known:
+            number = layer.removeprefix("block")
+            is_block = layer.startswith("block") and number.isdecimal() and 1 <= int(number[:9]) <= self.blocks
+            if not (is_block or layer in ("rgb", "down1", "down2")):
                 raise ValueError(
-                    f"nce_layers: given '{layer}', allowed with {self.blocks} blocks is any of {', '.join(known)}"
+                    f"nce_layers has '{layer}'; allowed is rgb, down1, down2, block1 to block{self.blocks}"
                 )
         return self
 

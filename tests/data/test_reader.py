@@ -189,8 +189,8 @@ def test_to_device_normalises(root: Path) -> None:
 
 class _SignalProbe(UnpairedReader):
     def read(self, positions: range, update_position: int) -> HostBatch:
-        states = [signal.getsignal(signal.SIGINT) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL]
-        facts = torch.tensor([*states, torch.get_num_threads() == 1])
+        ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
+        facts = torch.tensor([*ignored, torch.get_num_threads() == 1])
         return HostBatch({"a": facts}, torch.tensor([os.getpid()]), update_position, ())
 
 
