@@ -11,6 +11,7 @@ code alone; the paper does not mention it, so `paper` gives the heads the rate o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -59,9 +60,8 @@ class Hyperparameters(Section):
     @model_validator(mode="after")
     def _layers_exist(self) -> Hyperparameters:
         for layer in self.nce_layers:
-            number = layer.removeprefix("block")
-            is_block = layer.startswith("block") and number.isdecimal() and 1 <= int(number[:9]) <= self.blocks
-            if not (is_block or layer in ("rgb", "down1", "down2")):
+            found = re.fullmatch(r"rgb|down1|down2|block([1-9]\d{0,5})", layer)
+            if found is None or int(found[1] or 1) > self.blocks:
                 raise ValueError(
                     f"nce_layers has '{layer}'; allowed is rgb, down1, down2, block1 to block{self.blocks}"
                 )

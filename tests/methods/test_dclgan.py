@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.method import SIDES, Turn
@@ -278,3 +279,9 @@ def test_weights_follow_from_the_generator_given() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("layer", ["block0", "block3", "block01", "down3", "4", ""])
+def test_layers_that_no_generator_has_are_refused(layer: str) -> None:
+    with pytest.raises(ConfigError, match="allowed is rgb, down1, down2, block1 to block2"):
+        resolve({"name": "dclgan", "blocks": 2, "nce_layers": ["down1", layer]})

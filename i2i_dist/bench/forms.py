@@ -1,0 +1,145 @@
+"""The forms of one DCLGAN training step that are measured, each in a process of its own that steps when it is told."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from i2i_dist.bench.eager_dclgan import EagerDCLGAN
+from i2i_dist.bench.facts import machine_facts
+from i2i_dist.data.batch import Batch
+from i2i_dist.draws import Draws
+from i2i_dist.methods import resolve
+from i2i_dist.methods.dclgan import DCLGAN, Hyperparameters
+
+SEED = 0
+
+
+class Size(NamedTuple):
+    """How large a step is: `batch` images of size x size per domain, networks of `width` channels."""
+
+    size: int
+    batch: int
+    width: int
+
+
+class Form(NamedTuple):
+    """One way to take the step."""
+
+    name: Literal["ours", "eager"]
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Reply(NamedTuple):
+    """What a form's process answers: the step's seconds and losses, or why there are none."""
+
+    seconds: float = 0.0
+    losses: dict[str, float] = {}  # noqa: RUF012 - never changed
+    peak_bytes: int = 0  # since before the networks were built
+    facts: dict[str, str | int] = {}  # noqa: RUF012
+    failure: str | None = None
+
+
+# Images and number of the update -> its losses.
+Step = Callable[[Batch, int], dict[str, float]]
+
+
+def serve(pipe: Connection, form: Form, size: Size, device_name: str) -> None:
+    """Build the form, then take a step for every batch size received, until a 0; anything raised is answered too."""
+    try:
+        device = torch.device(device_name)
+        _limit_memory()
+        torch.backends.cudnn.benchmark = True  # as the released code sets it
+        build = _ours if form.name == "ours" else _eager
+        step, baseline = build(form, size, device)
+        pipe.send(Reply(facts=machine_facts(device)))
+        number = 0
+        while images := pipe.recv():
+            batch = _random_batch(images, size.size, number, device)
+            _wait(device)
+            start = time.perf_counter()
+            losses = step(batch, number)
+            _wait(device)
+            pipe.send(Reply(time.perf_counter() - start, losses, _peak_bytes(device) - baseline))
+            number += 1
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        pipe.send(Reply(failure=f"{type(error).__name__}: {first_line[:200]}"))
+
+
+def _ours(form: Form, size: Size, device: torch.device) -> tuple[Step, int]:
+    from i2i_dist import engines, step  # here, so that the other form's process does not load deepspeed
+    from i2i_dist.distributed import adopt_environment
+    from i2i_dist.pool import ImagePools
+
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        os.environ.pop(name, None)  # one rank, whatever this process was started by
+    engines.start(adopt_environment(os.environ), timeout_seconds=600)
+    baseline = _peak_bytes(device)
+    method = _method(size)
+    layout = engines.Layout(size.batch, 1, 1, precision=form.precision)
+    sides: step.Sides = {
+        side: engines.SideEngine(getattr(method, side), groups, layout, device)
+        for side, groups in method.parameter_groups().items()
+    }
+    pools = ImagePools(method.fakes, method.pool_size, SEED)
+
+    def take(batch: Batch, number: int) -> dict[str, float]:
+        done = step.update(method, sides, lambda _: [batch], pools, seed=SEED, number=number, images_seen=0)
+        return {name: float(loss) for name, loss in done.losses.items()}
+
+    return take, baseline
+
+
+def _eager(form: Form, size: Size, device: torch.device) -> tuple[Step, int]:
+    baseline = _peak_bytes(device)
+    eager = EagerDCLGAN(_method(size), device)
+
+    def take(batch: Batch, number: int) -> dict[str, float]:
+        losses = eager.step(batch.a, batch.b, Draws(SEED, batch.update_position))
+        return {name: float(loss) for name, loss in losses.items()}
+
+    return take, baseline
+
+
+def _method(size: Size) -> DCLGAN:
+    section: dict[str, Any] = {"name": "dclgan", "width": size.width, "critic_width": size.width}
+    _, config = resolve(section)
+    assert isinstance(config, Hyperparameters)
+    return DCLGAN(config, torch.Generator().manual_seed(SEED))
+
+
+def _random_batch(images: int, size: int, number: int, device: torch.device) -> Batch:
+    draw = torch.Generator().manual_seed(number)
+    a, b = (torch.rand(images, 3, size, size, generator=draw).mul_(2).sub_(1).to(device) for _ in range(2))
+    return Batch(a, b, torch.arange(images), number)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _limit_memory() -> None:
+    """Make an allocation beyond what the machine has free an error in this process instead of the machine's end."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    resource.setrlimit(resource.RLIMIT_DATA, (available, resource.getrlimit(resource.RLIMIT_DATA)[1]))
