@@ -89,12 +89,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     sources = _open(root)
     schedule = _schedule(config, sources)
     precision = _on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
-    layout = _layout(config, ranks.world, precision)
-    if layout.accumulation > 1 and getattr(settings.method_config, "negatives", "image") == "global_batch":
-        raise ConfigError(
-            f"method.negatives: given 'global_batch', but of {layout.accumulation} micro-batches a patch meets "
-            "those of its own alone; allowed is 'image', or leave train.micro_batch out"
-        )
+    layout = _layout(settings, ranks.world, precision)
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
     start = _start(settings, sources, found, ranks)
 
@@ -201,9 +196,9 @@ def _schedule(config: RunConfig, sources: Mapping[str, Source]) -> LinearDecay:
     )
 
 
-def _layout(config: RunConfig, world: int, precision: engines.Precision) -> Layout:
+def _layout(settings: Settings, world: int, precision: engines.Precision) -> Layout:
     """Work out micro x accumulation x world = global."""
-    batch = config.train.global_batch
+    config, batch = settings.config, settings.config.train.global_batch
     if batch % world:
         raise ConfigError(
             f"train.global_batch: given {batch}, allowed on {world} ranks is a multiple of {world}; for example "
@@ -215,6 +210,11 @@ def _layout(config: RunConfig, world: int, precision: engines.Precision) -> Layo
         divisors = ", ".join(str(number) for number in range(1, share + 1) if share % number == 0)
         raise ConfigError(
             f"train.micro_batch: given {micro}, allowed is a divisor of global_batch / ranks = {share}: {divisors}"
+        )
+    if share > micro and getattr(settings.method_config, "negatives", "image") == "global_batch":
+        raise ConfigError(
+            f"method.negatives: given 'global_batch', but of {share // micro} micro-batches a patch meets "
+            "those of its own alone; allowed is 'image', or leave train.micro_batch out"
         )
     clipping = config.engine.gradient_clipping
     return Layout(micro, share // micro, world, clipping=clipping, precision=precision)
