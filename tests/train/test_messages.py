@@ -102,6 +102,9 @@ def test_batches_that_do_not_divide(dclgan: Path, tmp_path: Path) -> None:
     assert other == ""  # the others know the same and need not repeat it
     text = refused([*words, *settings(train__global_batch=12, train__micro_batch=5)], tmp_path / "micro")
     assert "micro_batch: given 5, allowed is a divisor of global_batch / ranks = 12: 1, 2, 3, 4, 6, 12" in text
+    split = settings(train__global_batch=4, train__micro_batch=2, method__negatives="global_batch")
+    text = refused([*words, *split], tmp_path / "negatives")
+    assert "method.negatives: given 'global_batch', but of 2 micro-batches a patch meets those of its own alone" in text
 
 
 def test_a_directory_that_cannot_be_made(dclgan: Path, tmp_path: Path) -> None:
