@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from i2i_dist import checkpoint, engines, ops, run_directory
+from i2i_dist.agreement import on_every_rank
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError, RunConfig
 from i2i_dist.data.folders import open_source
@@ -88,20 +89,15 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     root = Path(config.data.root)
     sources = _open(root)
     schedule = _schedule(config, sources)
-    precision = _on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
-    layout = _layout(settings, ranks.world, precision)
+    precision = on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
+    layout = _layout(config, ranks.world, precision)
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
-    start = _start(settings, sources, found, ranks)
+    start = on_every_rank(lambda: _start(settings, sources, found, ranks))
 
     init = torch.Generator()
     method = settings.method_class(settings.method_config, init.manual_seed(seed))
     replica = settings.method_class(settings.method_config, init.manual_seed(seed)) if ranks.rank == 0 else None
-    groups = method.parameter_groups()
-    stages = {"generator": config.engine.generator_stage, "discriminator": config.engine.discriminator_stage}
-    sides: Sides = {
-        side: SideEngine(getattr(method, side), groups[side], layout._replace(stage=stages[side]), device)
-        for side in SIDES
-    }
+    sides = _engines(config, method, layout, device)
     ema = Ema(sides["generator"], config.train.ema_half_life_images)
     pools = ImagePools(method.fakes, method.pool_size, seed)
     if found is not None:
@@ -113,7 +109,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         flip=config.data.flip,
         full_size_from=None if config.data.decay_jitter else schedule.decay_starts,
     )
-    inputs = _on_every_rank(lambda: _sample_inputs(config, sources) if ranks.rank == 0 else {})
+    inputs = on_every_rank(lambda: _sample_inputs(config, sources) if ranks.rank == 0 else {})
     return Run(
         settings=settings,
         ranks=ranks,
@@ -158,24 +154,9 @@ def plan(run: Run) -> Plan:
     )
 
 
-def _on_every_rank(make: Callable[[], T]) -> T:
-    """Return what `make` does here; where it fails on any rank, all raise the same `ConfigError`. Collective."""
-    problem, made = "", []
-    try:
-        made.append(make())
-    except ValueError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename} cannot be read: {error.strerror}"
-    for rank, text in enumerate(gather_texts(problem)):
-        if text:
-            raise ConfigError(f"rank {rank}: {text}" if rank else text)
-    return made[0]
-
-
 def _open(root: Path) -> dict[str, Source]:
     """Open both domains, and make sure that every rank sees the same images."""
-    sources = _on_every_rank(lambda: {domain: open_source(root, f"train{domain.upper()}") for domain in ("a", "b")})
+    sources = on_every_rank(lambda: {domain: open_source(root, f"train{domain.upper()}") for domain in ("a", "b")})
     seen = gather_texts(json.dumps([[source.fingerprint, sum(source.counts)] for source in sources.values()]))
     for rank, text in enumerate(seen):
         if text != seen[0]:
@@ -196,9 +177,9 @@ def _schedule(config: RunConfig, sources: Mapping[str, Source]) -> LinearDecay:
     )
 
 
-def _layout(settings: Settings, world: int, precision: engines.Precision) -> Layout:
+def _layout(config: RunConfig, world: int, precision: engines.Precision) -> Layout:
     """Work out micro x accumulation x world = global."""
-    config, batch = settings.config, settings.config.train.global_batch
+    batch = config.train.global_batch
     if batch % world:
         raise ConfigError(
             f"train.global_batch: given {batch}, allowed on {world} ranks is a multiple of {world}; for example "
@@ -211,13 +192,22 @@ def _layout(settings: Settings, world: int, precision: engines.Precision) -> Lay
         raise ConfigError(
             f"train.micro_batch: given {micro}, allowed is a divisor of global_batch / ranks = {share}: {divisors}"
         )
-    if share > micro and getattr(settings.method_config, "negatives", "image") == "global_batch":
-        raise ConfigError(
-            f"method.negatives: given 'global_batch', but of {share // micro} micro-batches a patch meets "
-            "those of its own alone; allowed is 'image', or leave train.micro_batch out"
-        )
     clipping = config.engine.gradient_clipping
     return Layout(micro, share // micro, world, clipping=clipping, precision=precision)
+
+
+def _engines(config: RunConfig, method: Method, layout: Layout, device: torch.device) -> Sides:
+    if method.couples_batch and layout.accumulation > 1:
+        raise ConfigError(
+            f"train.micro_batch: given {layout.micro_batch}, but with this method's settings a sample's loss depends "
+            "on the whole global batch, which then is not in one pass; leave train.micro_batch out"
+        )
+    groups = method.parameter_groups()
+    stages = {"generator": config.engine.generator_stage, "discriminator": config.engine.discriminator_stage}
+    return {
+        side: SideEngine(getattr(method, side), groups[side], layout._replace(stage=stages[side]), device)
+        for side in SIDES
+    }
 
 
 def _agree_on_checkpoint(directory: Path, resume: str, ranks: Ranks) -> Path | None:
@@ -242,7 +232,9 @@ def _start(settings: Settings, sources: Mapping[str, Source], found: Path | None
     resolved = settings.resolved()
     if found is None:
         return State(0, 0, ranks.world, resolved, dataset)
-    saved = run_directory.check_same_run(found, resolved, dataset)
+    saved = run_directory.check_same_run(found, resolved, dataset, settings.method_class.ARCHITECTURE)
+    for side in SIDES:
+        checkpoint.side_file(found, side)  # a rank that cannot read it says so now, before others wait for it
     batch = settings.config.train.global_batch
     if saved.images_seen % batch:
         raise ConfigError(
@@ -252,12 +244,14 @@ def _start(settings: Settings, sources: Mapping[str, Source], found: Path | None
 
 
 def _sample_inputs(config: RunConfig, training: Mapping[str, Source]) -> dict[str, Tensor]:
-    """Take the pictures of sample grids from testA and testB where there are any, else from the training images."""
-    root, sources = Path(config.data.root), dict(training)
-    for domain in sources:
+    """Take the pictures of sample grids from testA and testB where they can be read, else from the training images."""
+    count, size = config.output.sample_images, config.data.crop_size
+    inputs = fixed_inputs(training, count, size)
+    for domain in training:
         name = f"test{domain.upper()}"
         try:
-            sources[domain] = open_source(root, name)
-        except ValueError:
-            _log.info("%s holds no images: sample grids show training images of this domain.", root / name)
-    return fixed_inputs(sources, config.output.sample_images, config.data.crop_size)
+            inputs |= fixed_inputs({domain: open_source(Path(config.data.root), name)}, count, size)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            _log.warning("Sample grids show training images of domain %s, for %s", domain, reason)
+    return inputs

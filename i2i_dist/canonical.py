@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from i2i_dist.engine_state import Captured, Piece
+from i2i_dist.engine_state import Piece
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -64,12 +64,6 @@ def write_pieces(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write(path: Path, captured: Captured) -> None:
-    """Write a whole file from one rank that holds everything."""
-    create(path, captured.tensors)
-    write_pieces(path, captured.tensors, captured.pieces)
 
 
 class CanonicalFile:

@@ -43,9 +43,9 @@ class DataConfig(Section):
     """Where the images are and how they become training pictures (sizes in pixels)."""
 
     root: str  # holds trainA/ trainB/ testA/ testB/: image folders of any depth, or shards written by launchers/pack.py
-    load_size: Annotated[int, Field(ge=24)] = 286  # every image is resized to load_size x load_size
+    load_size: Annotated[int, Field(ge=24, le=16_384)] = 286  # every image is resized to load_size x load_size
     crop_size: Annotated[int, Field(ge=24, multiple_of=4)] = 256  # then a random crop_size x crop_size window is cut
-    flip: bool = True  # mirror every other image
+    flip: bool = True  # mirror an image with probability 1/2
     decay_jitter: bool = False  # False: no random window once the learning rate decays, as the official code does
     workers: NotNegative = 4  # reading processes per rank; 0 reads in the training process
 
@@ -59,9 +59,9 @@ class DataConfig(Section):
 class ScheduleConfig(Section):
     """Length of training and the linear decay of the learning rate, in epochs of `epoch_images` images seen."""
 
-    epoch_images: Positive | None = None  # images in an epoch; null means the size of the larger domain
-    constant_epochs: NotNegative = 200
-    decay_epochs: NotNegative = 200
+    epoch_images: Annotated[int, Field(gt=0, le=10**12)] | None = None  # null means the size of the larger domain
+    constant_epochs: Annotated[int, Field(ge=0, le=10**6)] = 200
+    decay_epochs: Annotated[int, Field(ge=0, le=10**6)] = 200
     decay_step: Literal["epoch_end", "epoch_start"] = "epoch_end"  # when the official code lowers the rate
 
     @model_validator(mode="after")

@@ -25,8 +25,8 @@ from i2i_dist.methods import resolve
 from i2i_dist.telemetry.samples import to_uint8
 from i2i_dist.translate import load_method, translate
 
-# The averaged generators must recover at least this much of the hidden map: 0 is what the better of the identity and
-# the best constant picture reaches, 1 is the map itself.
+# The averaged generators must recover at least this much of the hidden map: 0 is what the best of the untrained
+# network, the identity and the best constant picture reaches, 1 is the map itself.
 MARGIN = 0.3
 
 _CONFIG = Path("configs/demo.yaml")

@@ -24,6 +24,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from i2i_dist.config import ConfigError
 from i2i_dist.distributed import Ranks, any_rank
 from i2i_dist.method import ParameterGroup
 
@@ -51,8 +52,21 @@ class Layout(NamedTuple):
 
 
 def device_of(ranks: Ranks) -> torch.device:
-    """Return the device that this rank trains on."""
-    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the device that this rank trains on: the GPU of its local rank, or the only one that it can see.
+
+    Raises:
+        ConfigError: There are fewer GPUs than ranks on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:  # srun --gpus-per-task=1 shows each rank its own
+        return torch.device("cuda", 0)
+    if ranks.local_rank >= visible:
+        raise ConfigError(
+            f"{ranks.local_world} ranks on this machine, but {visible} GPUs; start at most one rank for each GPU"
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:

@@ -56,6 +56,7 @@ class Method(Protocol):
 
     Config: ClassVar[type[BaseModel]]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]  # preset -> values that differ from Config's defaults
+    ARCHITECTURE: ClassVar[tuple[str, ...]]  # keys of Config that decide which parameters there are
     streams: ClassVar[tuple[str, ...]]
     directions: ClassVar[tuple[Direction, ...]]
 
@@ -73,6 +74,10 @@ class Method(Protocol):
     @property
     def pool_size(self) -> int:
         """Fakes per domain that the image pool holds; 0 means none."""
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether a sample's loss depends on the other samples of the global batch, which then must be one pass."""
 
     @property
     def fakes(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from i2i_dist.draws import generator
+
+_log = logging.getLogger("i2i_dist.pool")
 
 
 class ImagePools:
@@ -33,6 +36,9 @@ class ImagePools:
 
     def _exchange(self, field: str, images: Tensor, positions: list[int]) -> Tensor:
         shown, stored = [], self.images[field]
+        if stored and stored[0].shape != images.shape[1:]:
+            _log.warning("The image pool of %s starts empty: its pictures had another size.", field)
+            stored.clear()
         for image, position in zip(images.detach(), positions, strict=True):
             draw = generator(self.seed, f"pool.{field}", position)
             if len(stored) < self.size:

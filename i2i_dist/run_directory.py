@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from i2i_dist import checkpoint
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
+from i2i_dist.distributed import gather_texts
 
 _log = logging.getLogger("i2i_dist.run")
 
@@ -50,7 +51,30 @@ def lock(directory: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
+    # The lock is the open file's: reading processes that outlive a killed trainer by seconds would go on holding it.
+    os.register_at_fork(after_in_child=file.close)
     return file
+
+
+def check_shared(directory: Path) -> None:
+    """Make sure that all ranks see the directory that rank 0 has locked. Collective.
+
+    Raises:
+        ConfigError: A rank sees another one, or none.
+    """
+
+    def holder() -> str:
+        try:
+            return (directory / ".lock").read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+    for rank, text in enumerate(texts := gather_texts(holder())):
+        if text != texts[0]:
+            raise ConfigError(
+                f"--run {directory}: rank {rank} does not see what rank 0 has written there; the run's directory must "
+                "be on a file system that all machines share"
+            )
 
 
 def write_config(directory: Path, text: str) -> None:
@@ -125,14 +149,17 @@ def _check_hint(found: Path) -> None:
         )
 
 
-def check_same_run(path: Path, config: Mapping[str, Any], dataset: Mapping[str, str]) -> State:
+def check_same_run(
+    path: Path, config: Mapping[str, Any], dataset: Mapping[str, str], architecture: Sequence[str]
+) -> State:
     """Return a checkpoint's state if this run may go on from it; differences that may be are logged.
 
     Raises:
-        ConfigError: The method or the data set is another.
+        ConfigError: A key of the method that is named in `architecture`, or the data set, is another.
     """
     state = checkpoint.read_state(path)
-    refused = checkpoint.differences(state.config, config, ["method"])
+    saved_method, method = state.config["method"], config["method"]
+    refused = [f"method.{line}" for line in checkpoint.differences(saved_method, method, architecture)]
     for domain in sorted(dataset.keys() | state.dataset.keys()):
         if state.dataset.get(domain) != dataset.get(domain):
             refused.append(f"data: the images of domain {domain} are not those that the run was trained on")
@@ -142,6 +169,6 @@ def check_same_run(path: Path, config: Mapping[str, Any], dataset: Mapping[str, 
             f"{path} cannot be continued with this configuration:\n{lines}\n"
             "go back to what it was trained with, or start over beside it with --fresh"
         )
-    for line in checkpoint.differences(state.config, config, [name for name in config if name != "method"]):
+    for line in checkpoint.differences(state.config, config, list(config)):
         _log.info("Changed since the checkpoint: %s.", line)
     return state

@@ -42,9 +42,8 @@ def update(
     losses: Losses = {}
     waiting: list[Side] = []  # sides whose gradients are complete
     batches: Sequence[Batch] = ()
-    made: list[
-        Any
-    ] = []  # the generator's outputs for these batches: with their graph until its own turn, then detached
+    # The generator's outputs for these batches: with their graph until its own turn, then detached.
+    made: list[Any] = []
     for turn in method.turns(number):
         if turn.fresh_batch:
             batches = draw_batches(turn.stream)
@@ -61,9 +60,8 @@ def update(
             else:
                 if made[index] is None and len(batches) == 1:
                     made[index] = sides["generator"](batch, draws)
-                with (
-                    torch.no_grad()
-                ):  # several graphs at once cost memory and confuse ZeRO 3: here fakes are made twice
+                # Several graphs at once cost memory and confuse ZeRO 3: there the fakes are made twice.
+                with torch.no_grad():
                     outputs = made[index] if made[index] is not None else sides["generator"](batch, None)
                 shown = pools.exchange(_detached(method, outputs), batch.positions)
                 terms = method.discriminator_loss(batch, shown, sides["discriminator"], images_seen)

@@ -6,12 +6,13 @@ import argparse
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from i2i_dist import __version__, checkpoint, config, engine_state, engines, run_directory
+from i2i_dist.agreement import on_every_rank, on_first_rank
 from i2i_dist.assembly import Run, Settings, assemble, plan
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.command_line import parse, resume_command
@@ -94,7 +96,7 @@ class Reporter:
         for name, loss in step.losses.items():
             total, updates = self._losses.get(name, (torch.zeros_like(loss), 0))
             self._losses[name] = (total + loss, updates + 1)
-        self.meter.end(images_seen, {})
+        self.meter.end(images_seen)
         for side in step.skipped if self.metrics is not None else ():
             _log.warning("A loss or gradient is not finite at image %d: the %s's step is dropped.", images_seen, side)
             self.metrics.skipped(side)  # type: ignore[union-attr]
@@ -113,8 +115,8 @@ class Reporter:
         means = [self._losses[name][0] / self._losses[name][1] for name in names]
         bad = torch.tensor(list(self._bad.values()), dtype=torch.float32, device=self._device)
         shared = mean_over_ranks(torch.cat([torch.stack(means), bad])).tolist()
-        record = self.meter.record(self.rates, memory_bytes())
-        record = record._replace(losses=dict(zip(names, shared[: len(names)], strict=True)))
+        losses = dict(zip(names, shared[: len(names)], strict=True))
+        record = self.meter.record(losses, self.rates, memory_bytes())
         replaced = [round(share * self._ranks.world) for share in shared[len(names) :]]
         _log.info("%s", progress_line(record))
         if self.stats is not None and self.metrics is not None:
@@ -167,8 +169,8 @@ def _finite(run: Run) -> bool:
     return not any_rank((~torch.isfinite(largest)).any().reshape(1))[0]
 
 
-def _save(run: Run, reporter: Reporter, images_seen: int, updates: int) -> bool:
-    """Write a checkpoint and say whether it is there; a failure is told and counted, and training goes on.
+def _save(run: Run, reporter: Reporter, images_seen: int, updates: int) -> str | None:
+    """Write a checkpoint; return None, or why there is none: that is told and counted, and training goes on.
 
     Raises:
         TrainingError: A weight is not finite, which no later update mends.
@@ -184,14 +186,14 @@ def _save(run: Run, reporter: Reporter, images_seen: int, updates: int) -> bool:
     keep = run.settings.config.output.keep_checkpoints
     reason = checkpoint.save(directory, state, run.sides, run.ema, run.pools, keep)
     if reporter.metrics is None:
-        return reason is None
+        return reason
     if reason is None:
         _log.info("Saved %s.", directory / checkpoint.directory_name(images_seen))
         reporter.metrics.checkpoint_saved(time.monotonic() - begun)
     else:
         _log.error("No checkpoint at image %d: %s. Those before it are kept.", images_seen, reason)
         reporter.metrics.checkpoint_failed()
-    return reason is None
+    return reason
 
 
 def _sample(run: Run, images_seen: int) -> None:
@@ -257,12 +259,12 @@ def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
             )
         wanted = wanted or due(output.checkpoint_every_images)
         if wanted and not (bad_in_a_row or stopping or images_seen >= run.target):
-            saved, wanted = _save(run, reporter, images_seen, updates), False
+            saved, wanted = _save(run, reporter, images_seen, updates) is None, False
         if due(output.sample_every_images):
             _sample(run, images_seen)
-    if not (saved or _save(run, reporter, images_seen, updates)):
+    if not saved and (reason := _save(run, reporter, images_seen, updates)):
         raise TrainingError(
-            f"the run is at image {images_seen}, but its last checkpoint could not be written; make room on the disk "
+            f"the run is at image {images_seen}, but its last checkpoint could not be written ({reason}); mend that "
             "and start it again: it goes on from the newest checkpoint before"
         )
     return DONE if images_seen >= run.target else STOPPED
@@ -274,7 +276,7 @@ def _prepare_process(ranks: Ranks, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
         return
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -291,21 +293,6 @@ def _start_engines(ranks: Ranks, timeout_seconds: int) -> torch.device:
         ) from None
 
 
-def _on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Let rank 0 do something in the run's directory; where it cannot, every rank raises the same `ConfigError`."""
-    problem, result = "", None
-    if ranks.rank == 0:
-        try:
-            result = work()
-        except ConfigError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"the run's directory cannot be written: {error.filename}: {error.strerror}"
-    if problem := from_first_rank(problem):
-        raise ConfigError(problem)
-    return result
-
-
 def _take_over(run: Run) -> None:
     """Leave in the run's directory what belongs to the training that starts now, and nothing that comes after it."""
     directory, settings = run.settings.directory, run.settings
@@ -319,23 +306,29 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
     device = _start_engines(ranks, settings.config.engine.timeout_seconds)
     _prepare_process(ranks, device)
     settings = settings._replace(directory=Path(from_first_rank(str(settings.directory))))
-    held = _on_first_rank(ranks, lambda: run_directory.lock(settings.directory))
-    setup_logging(ranks.rank, settings.directory)
+    held = on_first_rank(lambda: run_directory.lock(settings.directory))
+    run_directory.check_shared(settings.directory)
+    on_every_rank(lambda: setup_logging(ranks.rank, settings.directory))
     logging.raiseExceptions = False  # a full disk must not answer each line of the log with a traceback
     if options.deepspeed_config and ranks.rank == 0:
         _log.warning("--deepspeed_config has no effect: the engines are set by the configuration's section 'engine'.")
     run = assemble(settings, ranks, device, options.resume)
-    _on_first_rank(ranks, lambda: _take_over(run))
+    on_first_rank(lambda: _take_over(run))
     _log.info("%s", plan_text(plan(run)))
     reporter = Reporter(run)
     try:
         code = loop(run, stop, reporter)
     finally:
         reporter.close()
+        for worker in multiprocessing.active_children():  # reading processes ignore milder words, see data/reader.py
+            worker.kill()
     if code == STOPPED:
-        _log.info("Stopped. Resume with: %s", resume_command(arguments, settings.directory, ranks))
+        alone = ranks.world == ranks.local_world
+        advice = "Resume with" if alone else "Resume with the launcher's own options (hosts, rendezvous) and"
+        _log.info("Stopped. %s: %s", advice, resume_command(arguments, settings.directory, ranks))
     else:
-        _log.info("Done: %d images seen. Run directory: %s", run.target, settings.directory)
+        seen = max(run.target, run.start.images_seen)
+        _log.info("Done: %d images seen. Run directory: %s", seen, settings.directory)
     engines.stop()
     if held is not None:
         held.close()

@@ -18,7 +18,7 @@ from i2i_dist import checkpoint
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import BadData
-from i2i_dist.data.decode import decode_image
+from i2i_dist.data.decode import FORMATS, decode_image
 from i2i_dist.data.folders import image_paths
 from i2i_dist.engine_state import persistent_buffers
 from i2i_dist.method import Direction, Method
@@ -32,7 +32,7 @@ def load_method(path: Path, weights: Weights = "ema") -> Method:
     """Build the method that a checkpoint holds, with its generator's side filled in.
 
     Args:
-        path: A checkpoint, or a run directory for its newest checkpoint that verifies.
+        path: A checkpoint; or a run directory, or its folder of checkpoints, for the newest one that verifies.
         weights: "ema" for the averaged generators (the weights themselves where the run had no average), "last" for
             the weights as the last update left them.
 
@@ -40,7 +40,8 @@ def load_method(path: Path, weights: Weights = "ema") -> Method:
         CheckpointError: There is no checkpoint at `path`, or it does not verify.
     """
     if not (path / "manifest.json").exists():
-        found, skipped = checkpoint.newest_verified(path / "checkpoints")
+        inside = path / "checkpoints"
+        found, skipped = checkpoint.newest_verified(inside if inside.is_dir() else path)
         if found is None:
             reasons = "".join(f"; {bad.path.name}: {bad.reason}" for bad in skipped)
             raise CheckpointError(f"{path} is no checkpoint and no run directory with one that verifies{reasons}")
@@ -96,37 +97,76 @@ def _pictures(source: Path) -> list[tuple[Path, Path]]:
     return [(source, Path(source.name))] if source.is_file() else []
 
 
-def _save(pixels: Tensor, target: Path) -> None:
+def _check_target(source: Path, target: Path) -> None:
+    folder = (source if source.is_dir() else source.parent).resolve()
+    if target.resolve() == folder:
+        raise ConfigError(f"{target} is where the pictures come from, and they would be replaced; name another folder")
+    if source.is_dir() and folder in target.resolve().parents:
+        raise ConfigError(
+            f"{target} lies in {source}, and the next run would translate its pictures again; name a folder elsewhere"
+        )
+
+
+def _writable_formats() -> dict[str, str]:
+    """Return, by the suffix, the formats that are read and that this Pillow can write."""
+    extensions = Image.registered_extensions()
+    return {suffix: name for suffix, name in extensions.items() if name in FORMATS and name in Image.SAVE}
+
+
+def _save(pixels: Tensor, target: Path, file_format: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}")
-    options = {"quality": 95} if target.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-    Image.fromarray(to_uint8(pixels)[0]).save(
-        temporary, format=Image.registered_extensions()[target.suffix.lower()], **options
-    )
+    options = {"quality": 95} if file_format in ("JPEG", "WEBP") else {}
+    Image.fromarray(to_uint8(pixels)[0]).save(temporary, format=file_format, **options)
     os.replace(temporary, target)
+
+
+def _translate_file(method: Method, path: Path, target: Path, direction: Direction, device: torch.device) -> bool:
+    """Translate one file into another; return whether it was padded. Raises BadData with what is wrong with it."""
+    writable = _writable_formats()
+    file_format = writable.get(target.suffix.lower())
+    if file_format is None:
+        found = f"the suffix '{target.suffix}'" if target.suffix else "no suffix"
+        raise BadData(
+            f"the result keeps the name, which has {found}; pictures can be written as {', '.join(sorted(writable))}"
+        )
+    try:
+        image = torch.from_numpy(decode_image(path.read_bytes()))
+        height, width, _ = image.shape
+    except OSError as error:
+        raise BadData(f"cannot be read: {error.strerror}") from error
+    try:
+        translated = translate(method, image.to(device), direction)
+    except ValueError as error:
+        raise BadData(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        # What is known to end here is memory, for which a picture may be too large while the next one is not.
+        first_line = str(error).strip().partition("\n")[0]
+        raise BadData(f"its {width}x{height} pixels could not be translated: {first_line}") from error
+    try:
+        _save(translated, target, file_format)
+    except (OSError, ValueError) as error:
+        raise BadData(f"the result cannot be written: {error}") from error
+    return bool(height % 4 or width % 4)
 
 
 def translate_all(method: Method, source: Path, target: Path, direction: Direction) -> int:
     """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
 
     Raises:
-        ConfigError: There is no picture, or the results would replace the pictures.
+        ConfigError: There is no picture, or the results would be among the pictures.
     """
     pictures = _pictures(source)
     if not pictures:
         raise ConfigError(f"{source}: no picture there; expected an image file, or a folder with some at any depth")
-    folder = source if source.is_dir() else source.parent
-    if target.resolve() == folder.resolve():
-        raise ConfigError(f"{target} is where the pictures come from, and they would be replaced; name another folder")
+    _check_target(source, target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.generator.to(device)
     failed, padded = 0, 0
     for path, name in pictures:
         try:
-            image = torch.from_numpy(decode_image(path.read_bytes())).to(device)
-            padded += any(side % 4 for side in image.shape[:2])
-            _save(translate(method, image, direction), target / name)
-        except (BadData, OSError, ValueError) as error:
+            padded += _translate_file(method, path, target / name, direction, device)
+        except BadData as error:
             failed += 1
             print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
     if padded:

@@ -16,6 +16,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), ROOT
 TIERS = [
     {"draws", "distributed"},
     {"config"},
+    {"agreement"},
     {"data"},
     {"ops"},
     {"networks", "losses"},

@@ -25,7 +25,7 @@ from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides, update
 from tests.ranks import run_ranks
 
-GLOBAL_BATCH, SIZE, SEED, STEPS = 4, 32, 3, 5
+GLOBAL_BATCH, SIZE, SEED, STEPS, NAN_STEPS = 4, 32, 3, 5, 3
 SMALL: dict[str, dict[str, Any]] = {
     "dclgan": {
         "width": 4, "blocks": 2, "critic_width": 4, "head_dim": 32, "nce_patches": 16,
@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cyclegan": {"width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0, "lr": 0.001},
 }  # fmt: skip
 CASES = list(itertools.product(SMALL, range(4), (1, 2)))
+LATE_NAN_CASES = list(itertools.product((0, 3), (1, 2)))
 
 
 def small_method(name: str, **changes: Any) -> Any:
@@ -168,16 +169,20 @@ def plain_cyclegan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dic
 PLAIN = {"dclgan": plain_dclgan, "cyclegan": plain_cyclegan}
 
 
-def plain_run(name: str, steps: int, adam: bool, dropped: frozenset[int] = frozenset()) -> dict[str, Tensor]:
+def plain_run(
+    name: str, steps: int, adam: bool, dropped: frozenset[int] = frozenset(), critics_only: frozenset[int] = frozenset()
+) -> dict[str, Tensor]:
     method = small_method(name)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for side, groups in method.parameter_groups().items():
         options = [{"params": list(g.parameters), "lr": g.lr} for g in groups]
         optimizers[side] = torch.optim.Adam(options) if adam else torch.optim.SGD(options, momentum=0.9)
+    idle = torch.optim.SGD(method.generator.parameters(), lr=0.0)
     for step in range(steps):
         if step not in dropped:
             with ExactForward():
-                PLAIN[name](method, *images(step), step, optimizers)
+                stepping = {**optimizers, "generator": idle} if step in critics_only else optimizers
+                PLAIN[name](method, *images(step), step, stepping)
     if adam:  # after one step the first moment is a tenth of the gradient
         return {
             f"{side}/{parameter_name}": optimizers[side].state[parameter]["exp_avg"]
@@ -245,9 +250,21 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
-def rank_0_picture_is_nan(step: int, method: Any, batches: list[Batch]) -> None:
+def rank_1_picture_is_nan(step: int, method: Any, batches: list[Batch]) -> None:
     if step == 1 and rank_and_world()[0] == 1:
         batches[-1].a[0, 0, 0, 0] = float("nan")
+
+
+def rank_1_generator_loss_is_nan(step: int, method: Any, batches: list[Batch]) -> None:
+    """One term, of the update's first micro-batch only."""
+
+    def poisoned(*args: Any) -> dict[str, Tensor]:
+        del method.generator_loss  # uncovers the method's own
+        terms: dict[str, Tensor] = method.generator_loss(*args)
+        return {**terms, "identity_a": terms["identity_a"] * float("nan")}
+
+    if step == 1 and rank_and_world()[0] == 1:
+        method.generator_loss = poisoned
 
 
 class WithBuffer(torch.nn.Module):
@@ -278,6 +295,19 @@ def what_deepspeed_does() -> dict[str, Any]:
     }
 
 
+def late_nan_matrix() -> dict[str, Any]:
+    """Run on every rank: where the discriminator has stepped before the generator meets a NaN."""
+    results: dict[str, Any] = {}
+    critics_only = plain_run("dclgan", NAN_STEPS, adam=False, critics_only=frozenset({1}))
+    for other, steps in (("dropped", {"dropped": frozenset({1})}), ("undisturbed", {})):
+        results[f"late nan, {other}"] = distance(critics_only, plain_run("dclgan", NAN_STEPS, adam=False, **steps))
+    for stage, accumulation in LATE_NAN_CASES:
+        poison = rank_1_generator_loss_is_nan
+        ours, skipped = engine_run("dclgan", (stage, stage), accumulation, NAN_STEPS, poison=poison)
+        results[f"late nan {stage} {accumulation}"] = (distance(ours, critics_only), skipped)
+    return results
+
+
 def matrix() -> dict[str, Any]:
     """Run on every rank: all cases, against the plain loops."""
     results: dict[str, Any] = {}
@@ -291,10 +321,11 @@ def matrix() -> dict[str, Any]:
             adam, _ = engine_run(name, (stage, stage), accumulation, 1, adam=True)
             results[f"{case} adam"] = distance(adam, first) / max(float(v.abs().max()) for v in first.values())
         results[f"{name} mixed"] = distance(engine_run(name, (3, 1), 1, STEPS)[0], plain)
-        dropped = plain_run(name, STEPS, adam=False, dropped=frozenset({1}))
+        dropped = plain_run(name, NAN_STEPS, adam=False, dropped=frozenset({1}))
         for stage, accumulation in itertools.product(range(4), (1, 2)):
-            ours, skipped = engine_run(name, (stage, stage), accumulation, STEPS, poison=rank_0_picture_is_nan)
+            ours, skipped = engine_run(name, (stage, stage), accumulation, NAN_STEPS, poison=rank_1_picture_is_nan)
             results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped), skipped)
+    results |= late_nan_matrix()
     results["deepspeed"] = what_deepspeed_does()
     return results
 
@@ -330,7 +361,17 @@ def test_a_nan_on_one_rank_drops_the_update_everywhere(
     results: dict[str, Any], name: str, stage: int, accumulation: int
 ) -> None:
     difference, skipped = results[f"{name} {stage} {accumulation} nan"]
-    assert skipped == [(), ("generator", "discriminator"), (), (), ()]
+    assert skipped == [(), ("generator", "discriminator"), ()]
+    assert difference <= 1e-6
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), LATE_NAN_CASES)
+def test_a_nan_in_the_generators_loss_alone_leaves_the_critics_their_step(
+    results: dict[str, Any], stage: int, accumulation: int
+) -> None:
+    assert min(results["late nan, dropped"], results["late nan, undisturbed"]) > 1e-3  # other loops go elsewhere
+    difference, skipped = results[f"late nan {stage} {accumulation}"]
+    assert skipped == [(), ("generator",), ()]
     assert difference <= 1e-6
 
 

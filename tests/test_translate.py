@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from i2i_dist import checkpoint
+from i2i_dist import translate as translate_module
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.data.decode import decode_image
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import SIDES
+from i2i_dist.method import SIDES, Direction, Method
 from i2i_dist.methods import resolve
 from i2i_dist.pool import ImagePools
 from i2i_dist.translate import load_method, main, translate
@@ -55,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_weights_asked_for_are_loaded(run: Path, weights: str) -> None:
     expected = torch.load(run / "expected.pt", weights_only=True)
     assert not torch.equal(expected["ema"]["generator_ab.stem.weight"], expected["last"]["generator_ab.stem.weight"])
-    for path in (run, run / "checkpoints" / checkpoint.directory_name(8)):
+    for path in (run, run / "checkpoints", run / "checkpoints" / checkpoint.directory_name(8)):
         loaded = load_method(path, weights).generator.state_dict()  # type: ignore[arg-type]
         assert loaded.keys() == expected[weights].keys()
         assert all(torch.equal(loaded[name], expected[weights][name]) for name in loaded)
@@ -86,17 +87,17 @@ def test_a_folder_keeps_its_names_and_kinds(run: Path, tmp_path: Path, capfd: py
     source, target = tmp_path / "in", tmp_path / "out"
     (source / "deep").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(256, size=(32, 30, 3), dtype=np.uint8)
-    for name in ("a.png", "deep/b.jpg", "deep/c.WEBP", "d.tif"):
+    for name in ("a.png", "a.bmp", "deep/a.png", "deep/b.jpg", "deep/c.WEBP", "d.tif"):
         Image.fromarray(pixels).save(source / name)
     Image.fromarray(pixels[..., 0]).save(source / "grey.png")
     (source / "broken.png").write_bytes((source / "a.png").read_bytes()[:200])
     assert main([str(run), str(source), str(target), "--direction", "b_to_a"]) == 1
     out, err = capfd.readouterr()
     assert "broken.png: left out: " in err and "Traceback" not in err
-    assert "5 pictures had a side that is no multiple of 4: padded by reflection and cropped back" in out
-    assert "5 pictures translated" in out and "1 left out" in out
+    assert "7 pictures had a side that is no multiple of 4: padded by reflection and cropped back" in out
+    assert "7 pictures translated" in out and "1 left out" in out
     names = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert names == {"a.png", "deep/b.jpg", "deep/c.WEBP", "d.tif", "grey.png"}
+    assert names == {"a.png", "a.bmp", "deep/a.png", "deep/b.jpg", "deep/c.WEBP", "d.tif", "grey.png"}
     assert all(decode_image((target / name).read_bytes()).shape == (32, 30, 3) for name in names)
     once = translate(load_method(run), torch.from_numpy(pixels), "b_to_a")
     expected = ((once[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -117,6 +118,42 @@ def test_bad_arguments_are_told_in_a_sentence(run: Path, tmp_path: Path, capfd: 
     assert "no picture there" in capfd.readouterr().err
     assert main([str(run), str(tmp_path), str(tmp_path)]) == 2
     assert "would be replaced" in capfd.readouterr().err
+    assert main([str(run), str(tmp_path), str(tmp_path / "deep" / "out")]) == 2
+    assert "the next run would translate its pictures again" in capfd.readouterr().err
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("picture", "has no suffix"), ("p.dat", "has the suffix '.dat'")])
+def test_a_name_that_tells_no_kind_is_left_out(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / name, format="PNG")
+    assert main([str(run), str(tmp_path / name), str(tmp_path / "out")]) == 1
+    err = capfd.readouterr().err
+    assert f"{name}: left out: the result keeps the name, which {words}; pictures can be written as " in err
+    assert ".jpg" in err and ".png" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_memory_cannot_hold_is_left_out_alone(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, width in (("a.png", 16), ("b.png", 32), ("c.png", 16)):
+        Image.new("RGB", (width, 16)).save(source / name)
+    possible = translate_module.translate
+
+    def out_of_memory(method: Method, image: torch.Tensor, direction: Direction) -> torch.Tensor:
+        if image.shape[1] == 32:
+            raise torch.OutOfMemoryError("out of memory.\nmore lines")
+        return possible(method, image, direction)
+
+    monkeypatch.setattr(translate_module, "translate", out_of_memory)
+    assert main([str(run), str(source), str(tmp_path / "out")]) == 1
+    err = capfd.readouterr().err
+    assert err == f"{source / 'b.png'}: left out: its 32x16 pixels could not be translated: out of memory.\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
 def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:

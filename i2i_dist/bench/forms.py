@@ -112,6 +112,9 @@ def _eager(form: Form, size: Size, device: torch.device) -> tuple[Step, int]:
 
 def _method(size: Size) -> DCLGAN:
     section: dict[str, Any] = {"name": "dclgan", "width": size.width, "critic_width": size.width}
+    if size.batch > 1:
+        # As the eager form has it; at batch 1 these are the same patches as an image's own.
+        section["negatives"] = "global_batch"
     _, config = resolve(section)
     assert isinstance(config, Hyperparameters)
     return DCLGAN(config, torch.Generator().manual_seed(SEED))

@@ -125,11 +125,8 @@ def run(options: argparse.Namespace) -> int:
         forms.append(Form("ours", "bf16"))
     contestants = [_Contestant(form, size, device, options.step_limit) for form in forms]
     try:
-        # The first step is at batch 1, where the two forms' negatives are the same patches; it warms up as well.
-        agreement = _compare(*[contestant.step(1).losses for contestant in contestants][:2])
-        if size.batch > 1:
-            for contestant in contestants:
-                contestant.step(size.batch)
+        # The first step also warms up.
+        agreement = _compare(*[contestant.step(size.batch).losses for contestant in contestants][:2])
         for number in range(options.rounds):
             for contestant in contestants:
                 contestant.measure(size.batch)
@@ -180,6 +177,7 @@ def table(result: dict[str, Any]) -> str:
     setting, machine = result["setting"], result["machine"]
     lines = [
         "One DCLGAN training step, preset official, {size} x {size}, batch {batch}, width {width}".format(**setting),
+        *(["Negatives: the patches of the whole batch, in all forms"] if setting["batch"] > 1 else []),
         ", ".join(f"{key} {value}" for key, value in machine.items()),
         "",
         f"{'form':<7}{'precision':<11}{'seconds, median (min .. max)':<34}peak memory",
@@ -194,14 +192,14 @@ def table(result: dict[str, Any]) -> str:
     if "time_ratio" in result:
         words = "{time_ratio:.2f} of the time (fastest steps: {fastest_ratio:.2f}), {memory_ratio:.2f} of the memory"
         lines.append("eager / ours in fp32: " + words.format(**result))
-    return "\n".join([*lines, _verdict(result["agreement"])])
+    return "\n".join([*lines, _verdict(result["agreement"], setting["batch"])])
 
 
-def _verdict(agreement: dict[str, Any] | None) -> str:
+def _verdict(agreement: dict[str, Any] | None, batch: int) -> str:
     if agreement is None:
         return "The first losses were not compared: one of the forms had none."
     words = "agree" if agreement["agree"] else "DIFFER: these are not the same step"
     return (
-        f"First losses at batch 1 {words}; {agreement['term']} is the farthest apart, with a relative difference of "
+        f"First losses at batch {batch} {words}; {agreement['term']} is the farthest apart, with a relative difference of "
         f"{agreement['relative_difference']:.1e} of at most {agreement['allowed']:.0e}."
     )

@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp")
 MAX_PIXELS = 2**26  # 8192 x 8192; a header can promise far more than the machine's memory
 
 # The list also keeps out formats whose Pillow plug-ins start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
 
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
@@ -34,7 +34,7 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
             range is not known (32-bit integers beyond 65535, floating point).
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # reads the header only
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 raise BadData(_too_large(f"{image.width} x {image.height}"))
             image.load()
@@ -43,7 +43,7 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     except BadData:
         raise
     except UnidentifiedImageError:
-        raise BadData(f"not an image ({len(data)} bytes, none of {', '.join(_FORMATS)})") from None
+        raise BadData(f"not an image ({len(data)} bytes, none of {', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise BadData(_too_large("its")) from None
     except Exception as error:  # decoders fail in many ways on damaged input: OSError, SyntaxError, struct.error, ...

@@ -3,7 +3,8 @@
 Two generators and two critics; a picture translated there and back must be the picture (cycle), and a picture that
 already belongs to the target domain must stay as it is (identity).
 
-`official` is what the authors' PyTorch code does. `paper` leaves the identity term out, which the text uses for
+`official` has the losses and optimizers of the authors' PyTorch code; its schedule and crops stand in configs/. `paper`
+leaves the identity term out, which the text uses for
 paintings only.
 """
 
@@ -92,6 +93,7 @@ class CycleGAN:
 
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}, "paper": {"lambda_identity": 0.0}}
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "blocks", "critic_width")
     streams: ClassVar[tuple[str, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
@@ -99,6 +101,7 @@ class CycleGAN:
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config
         self.pool_size = config.pool_size
+        self.couples_batch = False
         self.generator = Generators(config, init)
         size: dict[str, Any] = {"width": config.critic_width, "antialias": False}
         self.discriminator = CriticPair(PatchGAN(**size), PatchGAN(**size))

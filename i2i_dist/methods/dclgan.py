@@ -4,14 +4,14 @@ Two generators, two critics, and one projection head for each domain. A patch of
 all patches of the picture it was made from, the one at its own place (PatchNCE), with the two domains embedded by two
 different encoders: those of the generators that read them.
 
-`official` is what the released code does. `paper` follows the text where the two differ: learning rate 1e-4, a pool of
-50 images, losses without the common factor 1/2. The rate of the heads, 1e-3 with Adam's default betas, stands in the
-code alone; the paper does not mention it, so `paper` gives the heads the rate of the generators.
+`official` has the released code's losses and optimizers; its schedule and crops stand in configs/. `paper` follows the
+text in the learning rate of 1e-4, a pool of 50 images, and losses without the common factor 1/2; the text's strided
+convolutions and 70 x 70 critic are not here. The rate of the heads, 1e-3 with Adam's default betas, stands in the code
+alone; the paper does not mention it, so `paper` gives the heads the rate of the generators.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from i2i_dist.networks.critics import CriticPair, DomainPair
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.projection import ProjectionHead, take
-from i2i_dist.networks.resnet import ResNetGenerator
+from i2i_dist.networks.resnet import ResNetGenerator, check_tap
 
 
 class Hyperparameters(Section):
@@ -60,11 +60,12 @@ class Hyperparameters(Section):
     @model_validator(mode="after")
     def _layers_exist(self) -> Hyperparameters:
         for layer in self.nce_layers:
-            found = re.fullmatch(r"rgb|down1|down2|block([1-9]\d{0,5})", layer)
-            if found is None or int(found[1] or 1) > self.blocks:
-                raise ValueError(
-                    f"nce_layers has '{layer}'; allowed is rgb, down1, down2, block1 to block{self.blocks}"
-                )
+            try:
+                check_tap(layer, self.blocks)
+            except ValueError as error:
+                raise ValueError(f"nce_layers: {error}") from None
+            if self.nce_layers.count(layer) > 1:
+                raise ValueError(f"nce_layers: '{layer}' stands there more than once; name each layer once")
         return self
 
 
@@ -136,6 +137,7 @@ class DCLGAN:
         "official": {},
         "paper": {"lr": 1e-4, "lr_heads": 1e-4, "betas_heads": [0.5, 0.999], "pool_size": 50, "halved": False},
     }
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "blocks", "critic_width", "head_dim", "nce_layers")
     streams: ClassVar[tuple[str, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
@@ -143,6 +145,7 @@ class DCLGAN:
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config
         self.pool_size = config.pool_size
+        self.couples_batch = config.negatives == "global_batch"
         self.generator = Generators(config, init)
         critic_a, critic_b = PatchGAN(width=config.critic_width), PatchGAN(width=config.critic_width)
         self.discriminator = CriticPair(critic_a, critic_b)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2i_dist.networks.blocks import BlurDownsample, ResidualBlock, instance_norm, upsample
+
+_OUTER_TAPS = ("rgb", "down1", "down2")
+
+
+def check_tap(name: str, blocks: int) -> None:
+    """Refuse the name of a feature map that a generator with `blocks` residual blocks does not have.
+
+    Raises:
+        ValueError: There is none of this name; the message says which there are.
+    """
+    # Nine digits, since int() refuses thousands of them in words of its own.
+    block = re.fullmatch(r"block([1-9][0-9]{0,8})", name)
+    if name in _OUTER_TAPS or (block and int(block[1]) <= blocks):
+        return
+    # A configuration may ask for billions of blocks; the first hundred are enough to find what was meant.
+    known = [*_OUTER_TAPS, *(f"block{number}" for number in range(1, min(blocks, 100) + 1))]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    raise ValueError(
+        f"no feature map is called '{name}'; allowed is {', '.join(_OUTER_TAPS)}, block1 to block{blocks}{hint}"
+    )
 
 
 class ResNetGenerator(nn.Module):
@@ -51,19 +73,14 @@ class ResNetGenerator(nn.Module):
         self.up1 = _Doubling(4 * width, 2 * width, antialias)
         self.up2 = _Doubling(2 * width, width, antialias)
         self.to_image = nn.Conv2d(width, out_channels, 7)
-        self._tap_channels = {"rgb": in_channels, "down1": 2 * width, "down2": 4 * width}
-        self._tap_channels |= {f"block{i}": 4 * width for i in range(1, blocks + 1)}
+        self._outer_channels = dict(zip(_OUTER_TAPS, (in_channels, 2 * width, 4 * width), strict=True))
+        self._block_channels = 4 * width
 
     def tap_channels(self, taps: Sequence[str]) -> tuple[int, ...]:
         """Return the channel counts of the feature maps named by `taps`; ValueError for a name that is not there."""
         for tap in taps:
-            if tap not in self._tap_channels:
-                nearest = difflib.get_close_matches(tap, self._tap_channels, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"the generator has no feature map {tap!r}; there are {', '.join(self._tap_channels)}. "
-                    f"Did you mean {nearest!r}?"
-                )
-        return tuple(self._tap_channels[tap] for tap in taps)
+            check_tap(tap, len(self.blocks))
+        return tuple(self._outer_channels.get(tap, self._block_channels) for tap in taps)
 
     def forward(
         self, image: Tensor, taps: Sequence[str] = (), encode_only: bool = False

@@ -12,7 +12,7 @@ def l2_normalize(x: Tensor, eps: float = 1e-7) -> Tensor:
 
     Args:
         x: `[..., C]`, floating point.
-        eps: Added to the norm; with 0, a row of zeros becomes NaN.
+        eps: Added to the norm. Whatever it is, a row of zeros stays zero and gets no gradient.
 
     Returns:
         `[..., C]`, fp32, or fp64 if `x` is fp64.
@@ -50,7 +50,7 @@ def patch_nce_loss(
         temperature: Divides the similarities, > 0.
         key_offset: Counted inside the group: the positive of the group's row i is its key i + key_offset. A group of
             queries may be shorter than its group of keys (keys gathered over ranks).
-        eps: Added to the norms. With 0, a row of zeros gives NaN.
+        eps: Added to the norms. Whatever it is, a row of zeros stays zero and gets no gradient.
         diagonal: None for the formula above. A number gives the papers' masked form: the row's logits are
             s_ip and all s_ij, with `diagonal` (-10 there) in place of s_ip, divided by the temperature.
 

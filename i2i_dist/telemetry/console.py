@@ -32,7 +32,7 @@ class Plan:
         images_seen: Images at which the run starts; above 0 when it resumes.
         target_images: Images at which it ends.
         updates: Updates of the whole run.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32" or "bf16".
         zero_stages: ZeRO stage of each side.
         ops_backend: What computes the fused ops, as `ops` names it.
     """
@@ -164,7 +164,6 @@ class Meter:
         self._window_start = self._images_seen
         self._update_seconds: list[float] = []
         self._data_wait_seconds = 0.0
-        self._losses: dict[str, list[float]] = {}
 
     def begin(self) -> None:
         """Mark the begin of an update, before its first batch is asked for."""
@@ -179,24 +178,24 @@ class Meter:
         finally:
             self._data_wait_seconds += self._clock() - start
 
-    def end(self, images_seen: int, losses: Mapping[str, float]) -> None:
-        """Mark the end of an update.
-
-        Args:
-            images_seen: Images seen by now, over all ranks.
-            losses: The update's losses by name, already on the host; NaN and infinity are allowed.
-        """
+    def end(self, images_seen: int) -> None:
+        """Mark the end of an update, with `images_seen` images seen by now over all ranks."""
         now = self._clock()
         self._update_seconds.append(now - self._begun)
         self._images_seen = images_seen
         self._update += 1
-        for name, value in losses.items():
-            self._losses.setdefault(name, []).append(float(value))
         if self._warm is None:
             self._warm = (now, images_seen)
 
-    def record(self, learning_rates: Mapping[str, float], memory_bytes: int) -> UpdateRecord:
+    def record(
+        self, losses: Mapping[str, float], learning_rates: Mapping[str, float], memory_bytes: int
+    ) -> UpdateRecord:
         """Return the record of the updates since the last one, and start the next.
+
+        Args:
+            losses: By name, their means over these updates; NaN and infinity are allowed.
+            learning_rates: By parameter group, those of the last update.
+            memory_bytes: What the process takes.
 
         Raises:
             ValueError: No update has ended since the last record.
@@ -209,7 +208,7 @@ class Meter:
             images_seen=self._images_seen,
             target_images=self._target_images,
             update=self._update,
-            losses={name: sum(values) / len(values) for name, values in self._losses.items()},
+            losses=dict(losses),
             learning_rates=dict(learning_rates),
             images_per_second=images_per_second,
             seconds_per_update=seconds / len(self._update_seconds),

@@ -25,10 +25,10 @@ from tests.ranks import rank_environment
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+@pytest.fixture(scope="module", params=[1, 2])
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     target = tmp_path_factory.mktemp("bench") / "step.json"
-    options = ["--size", "32", "--width", "4", "--rounds", "1", "--json", str(target)]
+    options = ["--size", "32", "--width", "4", "--rounds", "1", "--json", str(target), "--batch", str(request.param)]
     # As if a launcher had started it: the bench is one rank all the same.
     environment = rank_environment(rank=1, world=2, port=1)
     command = [sys.executable, str(ROOT / "launchers" / "bench.py"), "step", *options]
@@ -38,22 +38,24 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
 
 
 def test_the_table_says_what_was_measured_and_where(bench: tuple[str, dict[str, Any]]) -> None:
-    table, _ = bench
+    table, result = bench
+    batch = result["setting"]["batch"]
     for words in (
-        "32 x 32, batch 1, width 4",
+        f"32 x 32, batch {batch}, width 4",
         "threads 1",
         "ours   fp32",
         "eager  fp32",
         "GiB",
-        "losses at batch 1 agree",
+        f"losses at batch {batch} agree",
     ):
         assert words in table
     assert torch.__version__ in table
+    assert ("Negatives: the patches of the whole batch" in table) == (batch > 1)
 
 
 def test_the_file_holds_every_sample(bench: tuple[str, dict[str, Any]]) -> None:
     _, result = bench
-    assert result["setting"] == {"size": 32, "batch": 1, "width": 4, "rounds": 1}
+    assert result["setting"] in [{"size": 32, "batch": batch, "width": 4, "rounds": 1} for batch in (1, 2)]
     assert result["machine"].keys() == {"device", "threads", "torch", "commit"}
     for form in result["forms"]:
         assert len(form["seconds"]) == 1 and form["min"] == form["median"] == form["max"] > 0
@@ -148,7 +150,7 @@ def test_losses_that_differ_fail_the_measurement() -> None:
     agreement = step._compare({"nce_ab": 1.0, "gan_ab": 2.0}, {"nce_ab": 1.1, "gan_ab": 2.0})
     assert agreement is not None and agreement["term"] == "nce_ab"
     assert agreement["relative_difference"] == pytest.approx(1 / 11)
-    assert "DIFFER" in step._verdict(agreement)
+    assert "First losses at batch 3 DIFFER" in step._verdict(agreement, 3)
 
 
 def test_the_commit_is_unknown_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from i2i_dist.data import Transform, UnpairedReader, open_source
+from i2i_dist.data.folders import open_source
+from i2i_dist.data.reader import UnpairedReader
+from i2i_dist.data.transforms import Transform
 
 PLAIN = Transform(load_size=8, crop_size=8, flip=False, full_size_from=None)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2i_dist.data import BadData, decode_image
+from i2i_dist.data.batch import BadData
+from i2i_dist.data.decode import decode_image
 from tests.data.builders import encoded, noise
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from i2i_dist.data import BadData, open_source
+from i2i_dist.data.batch import BadData
+from i2i_dist.data.folders import open_source
 from tests.data.builders import encoded, noise, write_folder
 
 

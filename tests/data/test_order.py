@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from i2i_dist.data import SampleOrder
+from i2i_dist.data.order import SampleOrder
 
 
 @pytest.mark.parametrize("counts", [[7, 10, 0, 10, 10], [1], [300], [64] * 5])

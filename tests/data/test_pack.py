@@ -12,7 +12,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from i2i_dist.data import decode_image, open_source
+from i2i_dist.data.decode import decode_image
+from i2i_dist.data.folders import open_source
 from i2i_dist.data.pack import main, pack
 from tests.data.builders import encoded, noise
 

@@ -11,16 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from i2i_dist.data import (
-    BadSample,
-    HostBatch,
-    SampleOrder,
-    Transform,
-    UnpairedReader,
-    decode_image,
-    micro_batches,
-    to_device,
-)
+from i2i_dist.data.batch import BadSample, HostBatch, to_device
+from i2i_dist.data.decode import decode_image
+from i2i_dist.data.order import SampleOrder
+from i2i_dist.data.reader import UnpairedReader, micro_batches
+from i2i_dist.data.transforms import Transform
 from tests.data.builders import encoded, noise, reader_of, write_folder
 
 JITTER = Transform(load_size=12, crop_size=8, flip=True, full_size_from=None)

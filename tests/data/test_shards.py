@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from i2i_dist.data import BadData, index, open_source
+from i2i_dist.data import index
+from i2i_dist.data.batch import BadData
+from i2i_dist.data.folders import open_source
 from i2i_dist.data.index import Keys, load_index
 from i2i_dist.data.tar import scan_shard
 from tests.data.builders import encoded, noise, reader_of, write_folder, write_tar

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from i2i_dist.data import decode_image, open_source
+from i2i_dist.data.decode import decode_image
+from i2i_dist.data.folders import open_source
 from i2i_dist.data.synthetic import hidden_map, score, write_dataset
 
 

@@ -285,3 +285,10 @@ def test_weights_follow_from_the_generator_given() -> None:
 def test_layers_that_no_generator_has_are_refused(layer: str) -> None:
     with pytest.raises(ConfigError, match="allowed is rgb, down1, down2, block1 to block2"):
         resolve({"name": "dclgan", "blocks": 2, "nce_layers": ["down1", layer]})
+
+
+def test_a_layer_nearly_right_or_twice_is_refused_with_a_hint() -> None:
+    with pytest.raises(ConfigError, match=r"nce_layers: no feature map is called 'dwn1'; .* did you mean 'down1'\?"):
+        resolve({"name": "dclgan", "nce_layers": ["dwn1"]})
+    with pytest.raises(ConfigError, match=r"nce_layers: 'down1' stands there more than once"):
+        resolve({"name": "dclgan", "nce_layers": ["down1", "block1", "down1"]})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.projection import ProjectionHead, take
-from i2i_dist.networks.resnet import ResNetGenerator
+from i2i_dist.networks.resnet import ResNetGenerator, check_tap
 
 CUT_TAPS = ("rgb", "down1", "down2", "block1", "block5")
 
@@ -128,10 +128,24 @@ def test_generator_refuses_what_does_not_fit() -> None:
         generator(torch.randn(1, 3, 16, 18))
     with pytest.raises(ValueError, match="Pad them to 8 x 8"):
         generator(torch.randn(1, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"no feature map 'block3'; there are rgb, down1, .*Did you mean 'block"):
+    with pytest.raises(
+        ValueError, match=r"'block3'; allowed is rgb, down1, down2, block1 to block2; did you mean 'block"
+    ):
         generator(torch.randn(1, 3, 16, 16), taps=("block3",))
     with pytest.raises(ValueError, match=r"at least 24 x 24"):
         PatchGAN(width=4)(torch.randn(1, 3, 23, 64))
+
+
+def test_taps_are_checked_without_a_list_of_them() -> None:
+    for name in ("rgb", "down1", "down2", "block1", "block100000000"):
+        check_tap(name, 10**8)
+    with pytest.raises(ValueError, match=r"allowed is rgb, down1, down2, block1 to block10+; did you mean 'down1'\?$"):
+        check_tap("dwn1", 10**300)
+    with pytest.raises(ValueError, match=r"block1 to block5$"):
+        check_tap("xyz", 5)
+    for name in ("block6", "block0", "block01", "block-1", "block²", "block1\n", "block" + "9" * 5000, "", "RGB"):
+        with pytest.raises(ValueError, match="no feature map is called"):
+            check_tap(name, 5)
 
 
 def test_take_picks_pixels_in_row_order_in_both_layouts() -> None:

@@ -117,6 +117,20 @@ def test_rows_of_zeros_have_finite_losses_and_gradients() -> None:
     assert query.grad is not None and query.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("diagonal", [None, -10.0])
+def test_a_row_of_zeros_has_no_gradient_even_without_eps(diagonal: float | None) -> None:
+    query, key = rows(6).detach(), rows(6, seed=1).detach()
+    query[2], key[4] = 0, 0
+    query.requires_grad_(), key.requires_grad_()
+    loss = ops.patch_nce_loss(query, key, eps=0.0, diagonal=diagonal)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    for grad, zeros in ((query.grad, 2), (key.grad, 4)):
+        assert grad is not None and grad.isfinite().all()
+        assert [bool(row.any()) for row in grad] == [number != zeros for number in range(6)]
+    assert not ops.l2_normalize(torch.zeros(2, 3), eps=0.0).any()
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest number of elements that any operation returned."""
 

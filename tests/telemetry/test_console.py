@@ -90,21 +90,21 @@ def test_plan_text() -> None:
     ]
 
 
-def make_update(meter: Meter, clock: Clock, wait: float, work: float, images_seen: int, **losses: float) -> None:
+def make_update(meter: Meter, clock: Clock, wait: float, work: float, images_seen: int) -> None:
     meter.begin()
     with meter.waiting():
         clock.now += wait
     clock.now += work
-    meter.end(images_seen, losses)
+    meter.end(images_seen)
 
 
 def test_meter() -> None:
     clock = Clock()
     meter = Meter(images_seen=100, target_images=200, update=7, clock=clock)
-    make_update(meter, clock, 1.0, 3.0, 110, g=1.0)
+    make_update(meter, clock, 1.0, 3.0, 110)
     clock.now += 50.0  # a checkpoint: no part of the speed
-    make_update(meter, clock, 0.0, 2.0, 120, g=2.0, d=5.0)
-    record = meter.record({"generator": 1e-4}, memory_bytes=42)
+    make_update(meter, clock, 0.0, 2.0, 120)
+    record = meter.record({"g": 1.5, "d": 5.0}, {"generator": 1e-4}, memory_bytes=42)
     assert record == UpdateRecord(
         images_seen=120,
         target_images=200,
@@ -119,8 +119,8 @@ def test_meter() -> None:
         memory_bytes=42,
         eta_seconds=80 * 52 / 10,  # 10 images in the 52 s since the first update's end
     )
-    make_update(meter, clock, 2.0, 2.0, 200, g=math.nan)
-    record = meter.record({}, memory_bytes=0)
+    make_update(meter, clock, 2.0, 2.0, 200)
+    record = meter.record({"g": math.nan}, {}, memory_bytes=0)
     assert (record.images_per_second, record.data_wait_share, record.update_seconds) == (20.0, 0.5, (4.0,))
     assert math.isnan(record.losses["g"])
     assert record.eta_seconds == 0.0
@@ -130,11 +130,11 @@ def test_meter_before_anything_is_known() -> None:
     clock = Clock()
     meter = Meter(images_seen=0, target_images=100, update=0, clock=clock)
     with pytest.raises(ValueError, match="at least one update"):
-        meter.record({}, memory_bytes=0)
+        meter.record({}, {}, memory_bytes=0)
     make_update(meter, clock, 0.0, 0.0, 0)
-    assert meter.record({}, memory_bytes=0).eta_seconds == math.inf
+    assert meter.record({}, {}, memory_bytes=0).eta_seconds == math.inf
     make_update(meter, clock, 0.0, 2.0, 10)
-    assert meter.record({}, memory_bytes=0).eta_seconds == 18.0
+    assert meter.record({}, {}, memory_bytes=0).eta_seconds == 18.0
 
 
 def test_memory_is_plausible() -> None:

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
-from i2i_dist import train
+from i2i_dist import run_directory, train
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 
@@ -48,6 +48,16 @@ def nan_in_updates_3_and_4() -> None:
     _before_updates(lambda number, sides, batches: _spoil(batches) if number in (3, 4) else None)
 
 
+def error_at_update_3() -> None:
+    """An error of a kind that nothing foresees."""
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if number == 3:
+            raise KeyError("unforeseen")
+
+    _before_updates(change)
+
+
 def infinite_weight_at_update_5() -> None:
     """A weight that no forward pass notices: a bias in front of an instance norm."""
 
@@ -57,3 +67,9 @@ def infinite_weight_at_update_5() -> None:
             next(iter(moments.values()))["exp_avg_sq"].fill_(float("inf"))
 
     _before_updates(change)
+
+
+def another_run_directory() -> None:
+    """What a rank meets on a machine with a disk of its own."""
+    real = run_directory.check_shared
+    run_directory.check_shared = lambda directory: real(directory / "elsewhere")

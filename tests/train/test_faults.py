@@ -209,3 +209,11 @@ def test_a_data_set_that_one_rank_lacks_ends_all(dclgan: Path, data: Path, tmp_p
     assert codes == [2, 2]
     assert "rank 1 finds other images (5 of domain a, 6 of b) than rank 0 (6 and 6)" in text
     assert other == ""
+
+
+def test_an_unforeseen_error_ends_the_run_and_its_readers(dclgan: Path, tmp_path: Path) -> None:
+    words = ["--config", str(dclgan), *settings(data__workers=2), "--run", str(tmp_path / "run")]
+    run = start(words, tmp_path / "log", hook="error_at_update_3")
+    assert run.wait(patience=30) == 1
+    assert "KeyError: 'unforeseen'" in run.text
+    run.wait_until_gone(patience=10)

@@ -104,7 +104,7 @@ def test_batches_that_do_not_divide(dclgan: Path, tmp_path: Path) -> None:
     assert "micro_batch: given 5, allowed is a divisor of global_batch / ranks = 12: 1, 2, 3, 4, 6, 12" in text
     split = settings(train__global_batch=4, train__micro_batch=2, method__negatives="global_batch")
     text = refused([*words, *split], tmp_path / "negatives")
-    assert "method.negatives: given 'global_batch', but of 2 micro-batches a patch meets those of its own alone" in text
+    assert "train.micro_batch: given 2, but with this method's settings a sample's loss depends on the whole" in text
 
 
 def test_a_directory_that_cannot_be_made(dclgan: Path, tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_directory_in_use(dclgan: Path, run: Path, tmp_path: Path) -> None:
 
 def test_another_method_and_other_images_are_refused(dclgan: Path, data: Path, run: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "logs" not in path.parts}
-    text = refused([*longer(dclgan, run), *settings(method__lambda_nce=3.0)], tmp_path / "method")
-    assert "cannot be continued with this configuration:\n  method.lambda_nce: 2.0 -> 3.0\n" in text
+    text = refused([*longer(dclgan, run), *settings(method__head_dim=9)], tmp_path / "method")
+    assert "cannot be continued with this configuration:\n  method.head_dim: " in text and " -> 9\n" in text
     other = copy_run(data, tmp_path / "other")
     (other / "trainB" / "00000.png").rename(other / "trainB" / "a.png")
     text = refused([*longer(dclgan, run), *settings(data__root=str(other))], tmp_path / "images")
@@ -226,3 +226,18 @@ def test_a_finished_run_has_nothing_to_do(dclgan: Path, run: Path, tmp_path: Pat
     process = start(["--config", str(dclgan), "--run", str(run)], tmp_path / "log")
     assert process.wait() == 0, process.text
     assert "Done: 24 images seen" in process.text and "Saved" not in process.text
+
+
+def test_what_is_no_architecture_may_change_on_a_resume(dclgan: Path, run: Path, tmp_path: Path) -> None:
+    (ended,) = start_ranks(1, [*longer(dclgan, run), *settings(method__lr=1e-5)], tmp_path / "log")
+    assert finish([ended])[0] == [0]
+    assert "Changed since the checkpoint: method.lr: 0.0002 -> 1e-05." in ended.text
+    assert "resumes at image" in ended.text
+
+
+def test_a_run_directory_that_is_not_shared_is_refused(dclgan: Path, tmp_path: Path) -> None:
+    hooks = ("", "another_run_directory")
+    words = ["--config", dclgan, "--run", tmp_path / "run"]
+    codes, (text, _) = finish(start_ranks(2, words, tmp_path / "log", hooks=hooks))
+    assert codes == [2, 2]
+    assert "rank 1 does not see what rank 0 has written there; the run's directory must be on a file system" in text

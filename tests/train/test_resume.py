@@ -15,6 +15,16 @@ LONG = settings(schedule__constant_epochs=16, output__checkpoint_every_images=24
 TARGET = 16 * 8
 
 
+def test_restarted_at_once_although_readers_outlive_the_killed_trainer(dclgan: Path, tmp_path: Path) -> None:
+    words = ["--config", dclgan, *LONG, *settings(data__workers=2), "--run", tmp_path / "run"]
+    (killed,) = start_ranks(1, words, tmp_path / "killed_log")
+    killed.wait_for("Saved ")
+    killed.signal(signal.SIGKILL)
+    assert finish([killed])[0] == [-9]
+    codes, (text,) = finish(start_ranks(1, words, tmp_path / "restarted_log"))
+    assert codes == [0] and "resumes at image" in text
+
+
 @pytest.mark.parametrize("method", ["dclgan", "cyclegan"])
 def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     config = request.getfixturevalue(method)
@@ -25,7 +35,7 @@ def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path, re
     words = ["--config", config, *LONG, "--run", killed]
     ranks = start_ranks(2, words, tmp_path / "killed_log")
     ranks[0].wait_for("Saved ")
-    time.sleep(random.uniform(0.0, 0.3))
+    time.sleep(random.Random(method).uniform(0.0, 0.3))
     for rank in ranks:
         rank.signal(signal.SIGKILL)
     assert finish(ranks)[0] == [-9, -9], "the run was over before it could be killed"
