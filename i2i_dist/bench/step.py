@@ -200,6 +200,6 @@ def _verdict(agreement: dict[str, Any] | None, batch: int) -> str:
         return "The first losses were not compared: one of the forms had none."
     words = "agree" if agreement["agree"] else "DIFFER: these are not the same step"
     return (
-        f"First losses at batch {batch} {words}; {agreement['term']} is the farthest apart, with a relative difference of "
-        f"{agreement['relative_difference']:.1e} of at most {agreement['allowed']:.0e}."
+        f"First losses at batch {batch} {words}; {agreement['term']} is the farthest apart, with a relative "
+        f"difference of {agreement['relative_difference']:.1e} of at most {agreement['allowed']:.0e}."
     )

@@ -47,8 +47,7 @@ def choose_reference(op: str, device_type: str) -> None:
     is silent; `native` refuses.
 
     Raises:
-        RuntimeError: If I2I_DIST_OPS is `native`.
-        ValueError: If I2I_DIST_OPS is something else than `auto`, `native` or `reference`.
+        ValueError: If I2I_DIST_OPS is `native`, or something else than `auto`, `native` or `reference`.
     """
     mode = _mode()
     written = device_type in KERNELS.get(op, ())
@@ -56,7 +55,7 @@ def choose_reference(op: str, device_type: str) -> None:
         return
     reason = (load().problem or f"the extension was built without it; {REBUILD}") if written else "none is written yet"
     if mode == "native":
-        raise RuntimeError(
+        raise ValueError(
             f"I2I_DIST_OPS=native, but there is no {device_type} kernel of {op}: {reason}. "
             f"Or set I2I_DIST_OPS=auto to run the reference in plain torch."
         )
