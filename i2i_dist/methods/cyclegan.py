@@ -23,7 +23,7 @@ from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
 from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
-from i2i_dist.networks.critics import CriticPair, DomainPair
+from i2i_dist.networks.critics import CriticPair, DomainPair, judge_real_and_fake
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.resnet import ResNetGenerator
@@ -136,13 +136,12 @@ class CycleGAN:
         return losses
 
     def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
-        """Half the sum of the real and the fake term, for each critic; one pass over both."""
-        images = len(batch.a)
-        logits = judge(DomainPair(torch.cat([batch.a, outputs.fake_a]), torch.cat([batch.b, outputs.fake_b])))
-        kind = self.config.adversarial
+        """Half the sum of the real and the fake term, for each critic."""
+        fakes = DomainPair(outputs.fake_a, outputs.fake_b)
+        real, fake = judge_real_and_fake(judge, DomainPair(batch.a, batch.b), fakes)
         return {
-            "critic_a": 0.5 * discriminator_loss(kind, *logits.a.split(images)),
-            "critic_b": 0.5 * discriminator_loss(kind, *logits.b.split(images)),
+            "critic_a": 0.5 * discriminator_loss(self.config.adversarial, real.a, fake.a),
+            "critic_b": 0.5 * discriminator_loss(self.config.adversarial, real.b, fake.b),
         }
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,3 +27,15 @@ class CriticPair(nn.Module):
     def forward(self, images: DomainPair) -> DomainPair:
         """Judge both domains' images."""
         return DomainPair(self.critic_a(images.a), self.critic_b(images.b))
+
+
+def judge_real_and_fake(
+    judge: Callable[[DomainPair], DomainPair], real: DomainPair, fake: DomainPair
+) -> tuple[DomainPair, DomainPair]:
+    """Return the logits of real and of fake images, each critic having seen both in one pass.
+
+    For critics whose norms are per image, which makes this equal to two passes.
+    """
+    logits = judge(DomainPair(torch.cat([real.a, fake.a]), torch.cat([real.b, fake.b])))
+    of_a, of_b = logits.a.split([len(real.a), len(fake.a)]), logits.b.split([len(real.b), len(fake.b)])
+    return DomainPair(of_a[0], of_b[0]), DomainPair(of_a[1], of_b[1])
