@@ -1,5 +1,6 @@
 """Train: `deepspeed launchers/train.py --config configs/demo.yaml`; also under torchrun, srun and plain python."""
 
+import logging
 import os
 import sys
 
@@ -9,4 +10,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 from i2i_dist.train import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without Python's own ending: a thread that the communication library still runs then can abort the process, and
+    # a run that has ended well, with everything on the disk, would be reported as failed.
+    os._exit(code)

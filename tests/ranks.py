@@ -70,6 +70,9 @@ def _main() -> None:
     value = getattr(importlib.import_module(module), function)(*arguments)
     Path(result).write_bytes(pickle.dumps(value))
     engines.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as launchers/train.py ends, and for its reason
 
 
 if __name__ == "__main__":
