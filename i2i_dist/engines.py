@@ -90,7 +90,7 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
         torch.cuda.set_device(device)
     else:
         _keep_freed_memory()
-        # Inference only, yet compiled for three quarters of a minute at every first start on a CPU.
+        # Inference only, yet compiled at every first start on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
     deepspeed.init_distributed(
@@ -108,8 +108,8 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
 def _keep_freed_memory() -> None:
     """Have glibc hand the blocks that one step frees to the next instead of to the system.
 
-    By default every large tensor is mapped anew and its pages are faulted in, in each step: a sixth of the time at
-    256 x 256. The peak stays the same. Other C libraries have no such setting.
+    By default every large tensor is mapped anew and its pages are faulted in, in each step, which shows from 256 x 256
+    on. Other C libraries have no such setting.
     """
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -133,7 +133,7 @@ class _Watch:
             parameter.register_hook(self._look)
 
     def _look(self, value: Tensor) -> None:
-        low, high = torch.aminmax(value)  # hands NaN on, and takes a tenth of the time of isfinite(value).all()
+        low, high = torch.aminmax(value)  # hands NaN on, and makes no copy of the gradient as isfinite(value) does
         self.bad += 1.0 - torch.isfinite(high - low).float()
 
     def loss(self, loss: Tensor) -> None:

@@ -14,7 +14,7 @@ from i2i_dist.data.batch import BadData, BadSample, HostBatch
 from i2i_dist.data.decode import decode_image
 from i2i_dist.data.index import Source
 from i2i_dist.data.order import SampleOrder
-from i2i_dist.data.transforms import Transform as Transform
+from i2i_dist.data.transforms import Transform
 from i2i_dist.draws import generator
 
 MAX_ATTEMPTS = 100  # failures in a row that mean the data set is broken, not a sample
