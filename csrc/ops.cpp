@@ -1,4 +1,4 @@
-// The extension i2i_dist._C: the schemas of its ops, and the facts of its build. Host compiler only, no CUDA header.
+// The extension i2i_dist._C: its ops, registered, and the facts of its build. Host compiler only, no CUDA header.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -6,6 +6,8 @@
 
 #include <string>
 #include <vector>
+
+#include "schemas.h"
 
 #ifdef I2I_WITH_CUDA
 #include "cuda/build.h"
@@ -19,9 +21,14 @@ constexpr const char* kBuiltAgainst = "i2i_dist built against torch " TORCH_VERS
 pybind11::dict build_facts() {
   pybind11::dict facts;
   facts["torch"] = std::string(kBuiltAgainst).substr(std::string(kBuiltAgainst).rfind(' ') + 1);
-  facts["cpu"] = std::vector<std::string>{};
+  const std::vector<std::string> ops{"patch_nce", "adalin", "instance_norm_act", "patch_gather"};
+  facts["cpu"] = ops;
+#ifdef _OPENMP
+  facts["openmp"] = true;
+#endif
   facts["cuda"] = std::vector<std::string>{};
 #ifdef I2I_WITH_CUDA
+  facts["cuda"] = ops;
   const int version = i2i_cuda_runtime_version();
   facts["cuda_version"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   facts["cuda_archs"] = pybind11::str(i2i_cuda_archs()).attr("split")();
@@ -31,9 +38,11 @@ pybind11::dict build_facts() {
 
 }  // namespace
 
-// The table of contents of the native ops: a schema here, its kernels in cpu/ and cuda/, its definition in
-// i2i_dist/ops/reference.py.
-TORCH_LIBRARY(i2i_dist, library) {}
+TORCH_LIBRARY(i2i_dist, library) { i2i::define_schemas(library); }
+TORCH_LIBRARY_IMPL(i2i_dist, CPU, library) { I2I_REGISTER(library, cpu); }
+#ifdef I2I_WITH_CUDA
+TORCH_LIBRARY_IMPL(i2i_dist, CUDA, library) { I2I_REGISTER(library, cuda); }
+#endif
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_facts", &build_facts, "What this extension was built from and which native ops it holds.");

@@ -8,13 +8,18 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-KERNELS: Mapping[str, tuple[str, ...]] = {}
+KERNELS: Mapping[str, tuple[str, ...]] = {
+    "patch_nce": ("cpu", "cuda"),
+    "adalin": ("cpu", "cuda"),
+    "instance_norm_act": ("cpu", "cuda"),
+    "patch_gather": ("cpu", "cuda"),
+}
 """Which device types csrc/ has a kernel for, by op."""
 
 REBUILD = "build it with `pip install --no-build-isolation --no-deps -e .` in the repository"
@@ -31,35 +36,66 @@ def build_info() -> dict[str, Any]:
     """Say what the compiled extension holds.
 
     Returns:
-        `extension` (bool: loaded), `cpu` and `cuda` (lists of native ops), `cuda_archs` (list of str such as "9.0"),
-        `cuda_version` (str, or None without CUDA objects), `torch` (release built against, or None), `problem`
-        (a sentence if the extension could not be loaded, else None).
+        `extension` (bool: loaded), `openmp` (bool: CPU kernels use several threads), `cpu` and `cuda` (lists of native
+        ops), `cuda_archs` (list of str such as "9.0"), `cuda_version` (str, or None without CUDA objects), `torch`
+        (release built against, or None), `problem` (a sentence if the extension could not be loaded, else None).
     """
     found = load()
-    absent: dict[str, Any] = {"cpu": [], "cuda": [], "cuda_archs": [], "cuda_version": None, "torch": None}
+    absent: dict[str, Any] = {
+        "openmp": False,
+        "cpu": [],
+        "cuda": [],
+        "cuda_archs": [],
+        "cuda_version": None,
+        "torch": None,
+    }
     return {"extension": found.problem is None, **absent, **found.facts, "problem": found.problem}
 
 
-def choose_reference(op: str, device_type: str) -> None:
-    """Permit the reference of `op` to run on `device_type`, in the way that I2I_DIST_OPS asks for.
+class Choice(NamedTuple):
+    """Which implementation of an op runs on a device type, and why, as the end of a sentence."""
 
-    `auto` is silent where no kernel has been written, and warns once where one has but is missing here; `reference`
-    is silent; `native` refuses.
+    native: bool
+    reason: str
+
+
+def choose(op: str, device_type: str) -> Choice:
+    """Choose between the kernel and the reference of `op` on `device_type`, in the way that I2I_DIST_OPS asks for.
 
     Raises:
-        ValueError: If I2I_DIST_OPS is `native`, or something else than `auto`, `native` or `reference`.
+        ValueError: If I2I_DIST_OPS is something else than `auto`, `native` or `reference`.
     """
-    mode = _mode()
-    written = device_type in KERNELS.get(op, ())
-    if mode == "reference" or (mode == "auto" and not written):
-        return
-    reason = (load().problem or f"the extension was built without it; {REBUILD}") if written else "none is written yet"
-    if mode == "native":
+    return _choose(op, device_type, _mode())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def use_native(op: str, device_type: str) -> bool:
+    """Return whether to run the kernel of `op`; a reference that runs for want of a kernel is said once.
+
+    Kernels know the derivative that backward passes take. What torch.func and forward mode ask for comes from the
+    reference, always. A compiled function keeps the choice that was made when it was compiled.
+
+    Raises:
+        ValueError: If I2I_DIST_OPS is `native` and there is no kernel, or if its value is not known.
+    """
+    choice = choose(op, device_type)
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if choice.native or _mode() == "reference":
+        return choice.native
+    if _mode() == "native":
         raise ValueError(
-            f"I2I_DIST_OPS=native, but there is no {device_type} kernel of {op}: {reason}. "
+            f"I2I_DIST_OPS=native, but the {device_type} kernel of {op} cannot run: {choice.reason}. "
             f"Or set I2I_DIST_OPS=auto to run the reference in plain torch."
         )
-    _warn_once(f"{op} runs its slower reference in plain torch on {device_type}: {reason}.")
+    if device_type in KERNELS.get(op, ()):
+        _warn_once(f"{op} runs its slower reference in plain torch on {device_type}: {choice.reason}.")
+    return False
+
+
+def implementations(device_type: str) -> dict[str, str]:
+    """Return `"native"` or `"reference"` for every op that has a kernel somewhere; warns and raises as the ops do."""
+    return {op: "native" if use_native(op, device_type) else "reference" for op in KERNELS}
 
 
 @functools.cache
@@ -90,6 +126,41 @@ def mismatch(extension: Path, running: str) -> str | None:
     if built == release:
         return None
     return f"the extension was built against torch {built}, and this is torch {release}; {REBUILD}"
+
+
+@functools.cache
+def _choose(op: str, device_type: str, mode: str) -> Choice:
+    if mode == "reference":
+        return Choice(False, "I2I_DIST_OPS=reference")
+    if device_type not in KERNELS.get(op, ()):
+        return Choice(False, f"no kernel is written for {device_type}")
+    found = load()
+    if found.problem is not None:
+        return Choice(False, found.problem)
+    if op not in found.facts[device_type]:
+        return Choice(False, f"the extension was built without it; {REBUILD}")
+    if device_type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if not covers(found.facts["cuda_archs"], capability):
+            archs, own = " ".join(found.facts["cuda_archs"]), ".".join(map(str, capability))
+            return Choice(
+                False, f"the extension was built for {archs} and this GPU is {own}; set I2I_DIST_CUDA_ARCHS, {REBUILD}"
+            )
+    return Choice(True, f"the extension has a {device_type} kernel")
+
+
+def covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Return whether machine code for `archs`, such as "8.6" or "12.0+PTX", runs on a GPU of `capability`.
+
+    Machine code runs on its major version from its minor version on ("9.0a": on no other), PTX on everything later.
+    """
+    for arch in archs:
+        number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        version = tuple(map(int, number.rstrip("af").split(".")))
+        same_major = version[0] == capability[0] and version[1] <= capability[1]
+        if version == capability or (not number.endswith("a") and (same_major or (ptx and version <= capability))):
+            return True
+    return False
 
 
 def _mode() -> str:

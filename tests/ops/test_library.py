@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ import torch
 from i2i_dist import ops
 from i2i_dist.ops import _library
 
+KERNELS = dict(_library.KERNELS)
+CACHES = (_library.load, _library._choose, _library._warn_once)
+
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """Let every test load the extension and warn afresh."""
-    for cached in (_library.load, _library._warn_once):
+    """Let every test load the extension, choose and warn afresh."""
+    for cached in CACHES:
         cached.cache_clear()
     yield
-    for cached in (_library.load, _library._warn_once):
+    for cached in CACHES:
         cached.cache_clear()
 
 
@@ -35,19 +39,66 @@ def test_ops_without_kernels_run_silently(mode: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("I2I_DIST_OPS", mode)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.patch_nce_loss(torch.ones(2, 2), torch.ones(2, 2))
+        ops.instance_norm_act(torch.ones(2, 2, 2, 2, device="meta"))
 
 
 def test_native_refuses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("I2I_DIST_OPS", "native")
-    with pytest.raises(ValueError, match=r"no cpu kernel of patch_nce_loss: none is written yet.*I2I_DIST_OPS=auto"):
-        ops.patch_nce_loss(torch.ones(2, 2), torch.ones(2, 2))
+    sentence = r"meta kernel of patch_nce cannot run: no kernel is written.*I2I_DIST_OPS=auto"
+    with pytest.raises(ValueError, match=sentence):
+        ops.patch_nce_loss(torch.ones(2, 2, device="meta"), torch.ones(2, 2, device="meta"))
+
+
+@pytest.mark.usefixtures("missing")
+@pytest.mark.filterwarnings("ignore:.*runs its slower reference:RuntimeWarning")
+def test_every_op_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "KERNELS", KERNELS)
+    rows, x = torch.eye(4).requires_grad_(), torch.randn(2, 3, 4, 4, requires_grad=True)
+    values = torch.ones(2, 3), torch.ones(2, 3), torch.ones(3)
+    with mock.patch.object(torch.ops, "i2i_dist", None):
+        results = [
+            ops.patch_nce_loss(rows, rows),
+            ops.instance_norm_act(x, activation="relu", residual=x),
+            ops.adalin(x, *values),
+            ops.iln(x, *(value[0] for value in values[:2]), values[2]),
+            ops.patch_gather(x, torch.tensor([3, 1])),
+        ]
+    sum(result.sum() for result in results).backward()
+    assert rows.grad is not None and x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "fits"),
+    [
+        (["8.0"], (8, 0), True),
+        (["8.0"], (8, 6), True),
+        (["8.6"], (8, 0), False),
+        (["8.0"], (9, 0), False),
+        (["8.0", "9.0"], (9, 0), True),
+        (["8.0+PTX"], (9, 0), True),
+        (["12.0+PTX"], (10, 0), False),
+        (["9.0a"], (9, 0), True),
+        (["9.0a"], (9, 1), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_gpus_the_machine_code_runs_on(archs: list[str], capability: tuple[int, int], fits: bool) -> None:
+    assert _library.covers(archs, capability) is fits
+
+
+def test_a_gpu_that_the_build_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"cuda": ["patch_nce"], "cuda_archs": ["8.0"]}
+    monkeypatch.setattr(_library, "load", lambda: _library.Extension(facts, None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    choice = _library.choose("patch_nce", "cuda")
+    assert not choice.native and "built for 8.0 and this GPU is 9.0; set I2I_DIST_CUDA_ARCHS" in choice.reason
+    assert "built without it" in _library.choose("adalin", "cuda").reason
 
 
 def test_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("I2I_DIST_OPS", "fast")
     with pytest.raises(ValueError, match="'fast' is not known; use auto, native or reference"):
-        ops.l2_normalize(torch.ones(2, 2))
+        ops.patch_nce_loss(torch.ones(2, 2), torch.ones(2, 2))
 
 
 @pytest.mark.usefixtures("missing")
@@ -55,14 +106,14 @@ def test_a_missing_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(
         RuntimeWarning, match="op runs its slower reference .* on cpu: the extension is not built; build"
     ):
-        _library.choose_reference("op", "cpu")
+        _library.use_native("op", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _library.choose_reference("op", "cpu")
-        _library.choose_reference("op", "cuda")
+        _library.use_native("op", "cpu")
+        _library.use_native("op", "cuda")
     monkeypatch.setenv("I2I_DIST_OPS", "native")
     with pytest.raises(ValueError, match="the extension is not built; build it with `pip install"):
-        _library.choose_reference("op", "cpu")
+        _library.use_native("op", "cpu")
 
 
 @pytest.mark.usefixtures("missing")
