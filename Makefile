@@ -1,9 +1,13 @@
 # Every target does its own set-up; `make demo` and `make test` are the two commands of the README.
 PYTHON ?= python3
 BIN := .venv/bin
+# Here the extension is built for the GPU that is there, or else for one kind to see that it compiles; `pip install` builds
+# it for all kinds.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr '\n' ' ')
+export I2I_DIST_CUDA_ARCHS ?= $(or $(GPU),9.0)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check build bench soak test-gpu clean
+.PHONY: demo test check build bench bench-kernels soak test-gpu clean
 
 demo: .venv/installed  ## synthesise, pack, train DCLGAN on two processes, score: minutes on two cores
 	$(BIN)/python -m i2i_dist.demo
@@ -21,10 +25,15 @@ build: .venv/installed  ## build the extension again
 bench: .venv/installed  ## one training step beside the eager form
 	$(BIN)/python launchers/bench.py step
 
+bench-kernels: .venv/installed  ## the native ops on this machine, and docs/kernels.md from the figures
+	$(BIN)/python launchers/bench.py kernels --json docs/kernels
+	$(BIN)/python launchers/bench.py share --json docs/kernels
+	$(BIN)/python launchers/bench.py report
+
 soak: .venv/tools  ## the slow tests
 	$(BIN)/python -m pytest -m "soak and not gpu" --timeout 3600
 
-test-gpu: .venv/tools  ## the tests that need a CUDA device
+test-gpu: .venv/tools  ## the tests that need a CUDA device, on the kernels
 	$(BIN)/python -m pytest -m gpu
 
 clean:  ## remove what was built; runs and data sets stay
