@@ -91,6 +91,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     schedule = _schedule(config, sources)
     precision = on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
     layout = _layout(config, ranks.world, precision)
+    on_every_rank(lambda: _check_ops(device))
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
     start = on_every_rank(lambda: _start(settings, sources, found, ranks))
 
@@ -135,7 +136,7 @@ def plan(run: Run) -> Plan:
         for side in run.sides.values()
         for name, module in side.module.named_children()
     }
-    info = ops.build_info()
+    references = [op for op, kind in ops.implementations(run.device.type).items() if kind == "reference"]
     return Plan(
         method=f"{run.start.config['method']['name']} ({run.start.config['method']['preset']})",
         run_directory=run.settings.directory,
@@ -150,8 +151,16 @@ def plan(run: Run) -> Plan:
         updates=run.target // run.settings.config.train.global_batch,
         precision=run.layout.precision,
         zero_stages={side: engine.layout.stage for side, engine in run.sides.items()},
-        ops_backend=", ".join(info["cuda" if run.device.type == "cuda" else "cpu"]) or "reference",
+        ops_backend=f"native but for {', '.join(references)}" if references else "native",
     )
+
+
+def _check_ops(device: torch.device) -> None:
+    """Refuse, or warn, before any memory is allocated, where I2I_DIST_OPS cannot have what it asks for."""
+    try:
+        ops.implementations(device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _open(root: Path) -> dict[str, Source]:

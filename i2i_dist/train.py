@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from i2i_dist import __version__, checkpoint, config, engine_state, engines, run_directory
+from i2i_dist import __version__, checkpoint, config, engine_state, engines, ops, run_directory
 from i2i_dist.agreement import on_every_rank, on_first_rank
 from i2i_dist.assembly import Run, Settings, assemble, plan
 from i2i_dist.checkpoint import CheckpointError
@@ -86,6 +86,7 @@ class Reporter:
             return
         self.stats = StatsLog(settings.directory / "stats.jsonl")
         build = {"version": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        build |= {f"op_{op}": kind for op, kind in ops.implementations(run.device.type).items()}
         names = {"method": start.config["method"]["name"], "precision": run.layout.precision}
         self.metrics = Metrics(build, names, start.images_seen, run.target)
         if settings.config.output.metrics_port is not None:

@@ -30,6 +30,7 @@ TIERS = [
     {"assembly", "translate"},
     {"train"},
     {"bench", "demo"},
+    {"doctor"},
 ]
 # Several files, one part.
 ALIASES = {"engine_state": "engines", "canonical": "checkpoint", "command_line": "run_directory"}

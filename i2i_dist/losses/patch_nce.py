@@ -43,18 +43,30 @@ def patch_nce(
             f"patch_nce was given queries of {len(queries)} layers and keys of {len(keys)}; "
             f"it needs as many of one as of the other, and at least one."
         )
+    for query, key in zip(queries, keys, strict=True):
+        if query.dim() != 3 or (query.size(0), query.size(2)) != (queries[0].size(0), queries[0].size(2)):
+            raise ValueError(
+                f"patch_nce was given layers of shapes {list(queries[0].shape)} and {list(query.shape)}; all must be "
+                f"[N, P, D], and differ in nothing but P."
+            )
+        if query.shape != key.shape:
+            raise ValueError(
+                f"patch_nce was given queries of shape {list(query.shape)} with keys of shape {list(key.shape)}; a key "
+                f"belongs to every query, so the shapes must be equal."
+            )
     if negatives not in ("image", "global_batch"):
         raise ValueError(f"negatives {negatives!r} is not known; use 'image' or 'global_batch'.")
-    layers = []
-    for query, key in zip(queries, keys, strict=True):
-        groups, offset, key = query.size(0), 0, key.detach()
-        if negatives == "global_batch":
-            groups, (key, offset) = 1, _gather(key)
-        rows = ops.patch_nce_loss(
-            query.flatten(0, 1), key.flatten(0, 1), groups=groups, temperature=temperature, key_offset=offset, eps=eps
+    rows = [query.flatten(0, 1) for query in queries]
+    if negatives == "image":
+        own = [key.detach().flatten(0, 1) for key in keys]
+        losses = ops.patch_nce_losses(rows, own, groups=queries[0].size(0), temperature=temperature, eps=eps)
+    else:
+        gathered = [_gather(key.detach()) for key in keys]
+        losses = tuple(
+            ops.patch_nce_loss(query, key.flatten(0, 1), temperature=temperature, key_offset=offset, eps=eps)
+            for query, (key, offset) in zip(rows, gathered, strict=True)
         )
-        layers.append(rows.mean())
-    return torch.stack(layers).mean()
+    return torch.stack([loss.mean() for loss in losses]).mean()
 
 
 def _gather(key: Tensor) -> tuple[Tensor, int]:

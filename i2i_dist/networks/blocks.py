@@ -1,4 +1,4 @@
-"""Parts shared by the networks: instance norm, fixed resampling filters, the residual block."""
+"""Parts shared by the networks: fixed resampling filters, the residual block."""
 
 from __future__ import annotations
 
@@ -6,26 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def instance_norm(x: Tensor) -> Tensor:
-    """Normalise every channel of every image over its pixels: no affine, no running statistics, eps 1e-5.
-
-    Statistics and both directions' arithmetic are fp32 or better, whatever the input is.
-
-    Args:
-        x: `[N, C, H, W]`, floating point, H * W > 1.
-
-    Returns:
-        `[N, C, H, W]` in the dtype of `x`.
-
-    Source: Ulyanov et al. 2016, equation 4, with the biased variance.
-    """
-    if x.is_cuda:
-        return F.instance_norm(x)  # accumulates and saves fp32 statistics by itself, so bf16 activations stay bf16
-    # On a CPU, F.instance_norm rounds to bf16 more than once and is the slower of the two; group_norm would save
-    # bf16 statistics for the backward pass if it were given bf16.
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.group_norm(exact, exact.size(1)).to(x.dtype)
+from i2i_dist.ops import instance_norm_act
 
 
 class BlurDownsample(nn.Module):
@@ -71,6 +52,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[N, C, H, W]`, H, W > 1, to the same shape."""
         branch = self.conv1(F.pad(x, (1, 1, 1, 1), mode="reflect"))
-        branch = F.relu_(instance_norm(branch))
+        branch = instance_norm_act(branch, activation="relu")
         branch = self.conv2(F.pad(branch, (1, 1, 1, 1), mode="reflect"))
-        return x + instance_norm(branch)
+        return instance_norm_act(branch, residual=x)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2i_dist.networks.blocks import BlurDownsample, instance_norm
+from i2i_dist.networks.blocks import BlurDownsample
+from i2i_dist.ops import instance_norm_act
 
 
 class PatchGAN(nn.Module):
@@ -57,6 +58,6 @@ class PatchGAN(nn.Module):
             )
         x = F.leaky_relu(self.stages[0](image), 0.2, inplace=True)
         for blur, stage in zip(self.blurs, list(self.stages)[1:], strict=True):
-            x = F.leaky_relu(instance_norm(stage(blur(x))), 0.2, inplace=True)
+            x = instance_norm_act(stage(blur(x)), activation="leaky_relu")
         logits: Tensor = self.to_logits(x)
         return logits

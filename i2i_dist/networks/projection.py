@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from i2i_dist import ops
+
 
 def take(features: Tensor, ids: Tensor) -> Tensor:
     """Sample a feature map at locations; the one way in which features are sampled.
@@ -19,11 +21,7 @@ def take(features: Tensor, ids: Tensor) -> Tensor:
     Returns:
         `[N, P, C]` in the dtype of `features`.
     """
-    ids = ids.to(features.device, non_blocking=True)
-    # Flattening is a view in either memory layout, and the gradient comes back in the layout of the map.
-    if features.is_contiguous(memory_format=torch.channels_last):
-        return features.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, ids)
-    return features.flatten(2).index_select(2, ids).mT
+    return ops.patch_gather(features, ids.to(features.device, non_blocking=True))
 
 
 class ProjectionHead(nn.Module):

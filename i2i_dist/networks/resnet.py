@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2i_dist.networks.blocks import BlurDownsample, ResidualBlock, instance_norm, upsample
+from i2i_dist.networks.blocks import BlurDownsample, ResidualBlock, upsample
+from i2i_dist.ops import instance_norm_act
 
 _OUTER_TAPS = ("rgb", "down1", "down2")
 
@@ -117,18 +118,18 @@ class ResNetGenerator(nn.Module):
         """Yield each tap's name and value; nothing after a value is computed until the next is asked for."""
         x = F.pad(image, (3, 3, 3, 3), mode="reflect")
         yield "rgb", x
-        x = self.down1(F.relu_(instance_norm(self.stem(x))))
+        x = self.down1(instance_norm_act(self.stem(x), activation="relu"))
         yield "down1", x
-        x = self.down2(self.blur1(F.relu_(instance_norm(x))))
+        x = self.down2(self.blur1(instance_norm_act(x, activation="relu")))
         yield "down2", x
-        x = self.blur2(F.relu_(instance_norm(x)))
+        x = self.blur2(instance_norm_act(x, activation="relu"))
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
             yield f"block{number}", x
 
     def _decode(self, x: Tensor) -> Tensor:
-        x = F.relu_(instance_norm(self.up1(x)))
-        x = F.relu_(instance_norm(self.up2(x)))
+        x = instance_norm_act(self.up1(x), activation="relu")
+        x = instance_norm_act(self.up2(x), activation="relu")
         image: Tensor = self.to_image(F.pad(x, (3, 3, 3, 3), mode="reflect"))
         return image.tanh()
 

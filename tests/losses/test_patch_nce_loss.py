@@ -45,6 +45,10 @@ def test_bad_arguments_are_refused() -> None:
         patch_nce(queries, keys[:1])
     with pytest.raises(ValueError, match="at least one"):
         patch_nce([], [])
+    with pytest.raises(ValueError, match=r"shapes \[4, 6, 8\] and \[2, 12, 8\]; all must be \[N, P, D\]"):
+        patch_nce([queries[0], queries[1].reshape(2, 12, 8)], keys)
+    with pytest.raises(ValueError, match=r"queries of shape \[4, 6, 8\] with keys of shape \[3, 6, 8\]"):
+        patch_nce(queries[:1], [keys[0][:3]])
     with pytest.raises(ValueError, match="use 'image' or 'global_batch'"):
         patch_nce(queries, keys, negatives="batch")
 
