@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from i2i_dist.bench.eager_dclgan import EagerDCLGAN
 from i2i_dist.bench.facts import machine_facts
+from i2i_dist.bench.memory import limit_memory
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.methods import resolve
@@ -56,14 +56,14 @@ def serve(pipe: Connection, form: Form, size: Size, device_name: str) -> None:
     """Build the form, then take a step for every batch size received, until a 0; anything raised is answered too."""
     try:
         device = torch.device(device_name)
-        _limit_memory()
+        limit_memory()
         torch.backends.cudnn.benchmark = True  # as the released code sets it
-        build = _ours if form.name == "ours" else _eager
+        build = build_ours if form.name == "ours" else _eager
         step, baseline = build(form, size, device)
         pipe.send(Reply(facts=machine_facts(device)))
         number = 0
         while images := pipe.recv():
-            batch = _random_batch(images, size.size, number, device)
+            batch = random_batch(images, size.size, number, device)
             _wait(device)
             start = time.perf_counter()
             losses = step(batch, number)
@@ -75,7 +75,8 @@ def serve(pipe: Connection, form: Form, size: Size, device_name: str) -> None:
         pipe.send(Reply(failure=f"{type(error).__name__}: {first_line[:200]}"))
 
 
-def _ours(form: Form, size: Size, device: torch.device) -> tuple[Step, int]:
+def build_ours(form: Form, size: Size, device: torch.device) -> tuple[Step, int]:
+    """Return our step, and the peak of memory before its networks were built."""
     from i2i_dist import engines, step  # here, so that the other form's process does not load deepspeed
     from i2i_dist.distributed import adopt_environment
     from i2i_dist.pool import ImagePools
@@ -120,7 +121,8 @@ def _method(size: Size) -> DCLGAN:
     return DCLGAN(config, torch.Generator().manual_seed(SEED))
 
 
-def _random_batch(images: int, size: int, number: int, device: torch.device) -> Batch:
+def random_batch(images: int, size: int, number: int, device: torch.device) -> Batch:
+    """Draw images of both domains, the same for the same number."""
     draw = torch.Generator().manual_seed(number)
     a, b = (torch.rand(images, 3, size, size, generator=draw).mul_(2).sub_(1).to(device) for _ in range(2))
     return Batch(a, b, torch.arange(images), number)
@@ -136,13 +138,3 @@ def _peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _limit_memory() -> None:
-    """Make an allocation beyond what the machine has free an error in this process instead of the machine's end."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    resource.setrlimit(resource.RLIMIT_DATA, (available, resource.getrlimit(resource.RLIMIT_DATA)[1]))
