@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Here the extension is built for the GPU that is there, or else for one kind to see that it compiles; `pip install` builds
 # it for all kinds.
-GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr '\n' ' ')
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]' | sort -u | tr '\n' ' ')
 export I2I_DIST_CUDA_ARCHS ?= $(or $(GPU),9.0)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 

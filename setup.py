@@ -68,16 +68,20 @@ def known_archs(nvcc: str, wanted: str) -> list[str]:
         warn("I2I_DIST_CUDA_ARCHS=none: the extension is built WITHOUT CUDA kernels")
         return []
     listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
-    known = []
+    known, too_old = [], False
     for arch in wanted.replace(";", " ").replace(",", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
         if match is None:
             raise ValueError(f"I2I_DIST_CUDA_ARCHS: {arch!r} is no architecture; write them as in '8.0 9.0 12.0+PTX'.")
+        if int(match[1]) < 8:
+            warn(f"the CUDA kernels need architecture 8.0 or later: {arch} is left out, and runs plain PyTorch")
+            too_old = True
+            continue
         if f"compute_{match[1]}{match[2]}" in listed:
             known.append(arch)
         else:
             warn(f"{nvcc} does not know architecture {arch}: left out")
-    if not known:
+    if not known and not too_old:
         raise ValueError(f"I2I_DIST_CUDA_ARCHS={wanted!r}: {nvcc} knows none of them, only {', '.join(listed)}.")
     return known
 

@@ -18,6 +18,12 @@ namespace {
 // ops/_library.py looks for this sentence in the file before it loads the extension into a torch of another release.
 constexpr const char* kBuiltAgainst = "i2i_dist built against torch " TORCH_VERSION;
 
+#ifdef I2I_WITH_CUDA
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+#endif
+
 pybind11::dict build_facts() {
   pybind11::dict facts;
   facts["torch"] = std::string(kBuiltAgainst).substr(std::string(kBuiltAgainst).rfind(' ') + 1);
@@ -29,8 +35,8 @@ pybind11::dict build_facts() {
   facts["cuda"] = std::vector<std::string>{};
 #ifdef I2I_WITH_CUDA
   facts["cuda"] = ops;
-  const int version = i2i_cuda_runtime_version();
-  facts["cuda_version"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  facts["cuda_version"] = version_text(i2i_cuda_runtime_version());
+  facts["cuda_driver"] = version_text(i2i_cuda_driver_version());
   facts["cuda_archs"] = pybind11::str(i2i_cuda_archs()).attr("split")();
 #endif
   return facts;

@@ -78,10 +78,12 @@ def test_architectures(script: dict[str, Any], nvcc: str, capfd: pytest.CaptureF
     assert "does not know architecture 12.0+PTX: left out" in capfd.readouterr().err
     assert known(nvcc, "none") == []
     assert "WITHOUT CUDA" in capfd.readouterr().err
+    assert known(nvcc, "7.5") == [] and known(nvcc, "7.5 8.0") == ["8.0"]
+    assert "7.5 is left out, and runs plain PyTorch" in capfd.readouterr().err
     with pytest.raises(ValueError, match="'sm_90' is no architecture"):
         known(nvcc, "sm_90")
     with pytest.raises(ValueError, match="knows none of them, only compute_80, compute_90"):
-        known(nvcc, "5.0")
+        known(nvcc, "10.0")
 
 
 def test_a_missing_nvcc_is_said_aloud(

@@ -8,4 +8,9 @@ int i2i_cuda_runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+int i2i_cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 const char* i2i_cuda_archs() { return I2I_CUDA_ARCHS; }

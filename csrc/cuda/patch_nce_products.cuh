@@ -49,7 +49,10 @@ struct Bf16Product {
 };
 
 // With kExact a product is as accurate as one of fp32: either operand is a tf32 and the rest, which a tf32 holds but
-// for its last bit; only the product of the rests is left out, 2^-22 of the whole at most.
+// for its last bit; only the product of the rests is left out, 2^-22 of the whole at most. Sums are another matter:
+// tensor cores cut off what their accumulators cannot hold instead of rounding it. Similarities, which an exponential
+// makes large, are therefore summed apart; the weighted sums of columns, which have no registers left for that, keep a
+// bias that grows with the number of columns.
 template <bool kExact>
 struct Tf32Product {
   using Element = float;
@@ -63,7 +66,7 @@ struct Tf32Product {
     low = __float_as_uint(value - __uint_as_float(high));
   }
 
-  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void add_product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kExact) {
       uint32_t high[4], low[4], high0, low0, high1, low1;
 #pragma unroll
@@ -75,6 +78,18 @@ struct Tf32Product {
       mma_tf32(c, high, high0, high1);
     } else {
       mma_tf32(c, a, b0, b1);
+    }
+  }
+
+  // For similarities: with kExact the product is added by an addition that rounds.
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kExact) {
+      float product[4] = {};
+      add_product(product, a, b0, b1);
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[i] += product[i];
+    } else {
+      add_product(c, a, b0, b1);
     }
   }
 
@@ -96,7 +111,7 @@ struct Tf32Product {
         // Keeps the compiler from loading more ahead than there are registers for.
         if (kExact && n % 8 == 0) __syncwarp();
         const uint32_t* b = mine + k * 8 * kStride + n * 8;
-        multiply(sums[n], a, b[0], b[kStride]);
+        add_product(sums[n], a, b[0], b[kStride]);
       }
     }
   }

@@ -25,7 +25,8 @@ inline at::Tensor aligned(const at::Tensor& tensor) {
 
 // Raises if a launcher of cuda/ returned something else than cudaSuccess.
 inline void check_launch(int error, const char* op) {
-  TORCH_CHECK(error == 0, op, ": the CUDA runtime refused the launch with cudaError ", error, ".");
+  TORCH_CHECK(error == 0, op, ": the CUDA runtime refused the launch with cudaError ", error,
+              " (CUDA's documentation of cudaError_t says what it is).");
 }
 
 // The floating point dtype of the tensor, in the words of the launchers.

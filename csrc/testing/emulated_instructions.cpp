@@ -121,6 +121,22 @@ struct MmaOperand {
   uint32_t b[2];
 };
 
+// The sum as tensor cores take it (Fasi et al. 2021): the terms, aligned to the greatest, keep one bit more than fp32
+// has; what is beyond that is cut off, and of the sum what fp32 cannot hold.
+float truncating_sum(const double* terms, int count) {
+  double greatest = 0, plain = 0;
+  for (int i = 0; i < count; i++) {
+    greatest = std::fmax(greatest, std::fabs(terms[i]));
+    plain += terms[i];
+  }
+  if (!std::isfinite(plain) || greatest == 0) return static_cast<float>(plain);
+  const double unit = std::ldexp(1.0, std::ilogb(greatest) - 24);
+  double sum = 0;
+  for (int i = 0; i < count; i++) sum += std::trunc(terms[i] / unit) * unit;
+  const float rounded = static_cast<float>(sum);
+  return std::fabs(rounded) > std::fabs(sum) ? std::nextafterf(rounded, 0) : rounded;
+}
+
 // c [16, 8] += a [16, K] x b [K, 8], with the layouts of the PTX ISA, which are those of mma.m16n8k16 and m16n8k8 for
 // registers that hold kPack elements: row g = lane / 4 and column t = lane % 4 of 8 x 4 registers.
 template <int kPack, typename Unpack>
@@ -141,9 +157,13 @@ void multiply(Operands operands, Unpack unpack) {
     }
     for (int e = 0; e < 4; e++) c_of(lane, e) = operand->c[e];
   }
-  for (int row = 0; row < 16; row++)
-    for (int k = 0; k < kDepth; k++)
-      for (int column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
+  for (int row = 0; row < 16; row++) {
+    for (int column = 0; column < 8; column++) {
+      double terms[kDepth + 1] = {c[row][column]};
+      for (int k = 0; k < kDepth; k++) terms[k + 1] = static_cast<double>(a[row][k]) * b[k][column];
+      c[row][column] = truncating_sum(terms, kDepth + 1);
+    }
+  }
   for (int lane = 0; lane < kWarp; lane++)
     for (int e = 0; e < 4; e++) static_cast<const MmaOperand*>(operands[lane])->c[e] = c_of(lane, e);
 }

@@ -37,8 +37,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         `extension` (bool: loaded), `openmp` (bool: CPU kernels use several threads), `cpu` and `cuda` (lists of native
-        ops), `cuda_archs` (list of str such as "9.0"), `cuda_version` (str, or None without CUDA objects), `torch`
-        (release built against, or None), `problem` (a sentence if the extension could not be loaded, else None).
+        ops), `cuda_archs` (list of str such as "9.0"), `cuda_version` (str, or None without CUDA objects),
+        `cuda_driver` (str: what the driver here knows at most, "0.0" without one; or None), `torch` (release built
+        against, or None), `problem` (a sentence if the extension could not be loaded, else None).
     """
     found = load()
     absent: dict[str, Any] = {
@@ -47,6 +48,7 @@ def build_info() -> dict[str, Any]:
         "cuda": [],
         "cuda_archs": [],
         "cuda_version": None,
+        "cuda_driver": None,
         "torch": None,
     }
     return {"extension": found.problem is None, **absent, **found.facts, "problem": found.problem}
@@ -140,6 +142,13 @@ def _choose(op: str, device_type: str, mode: str) -> Choice:
     if op not in found.facts[device_type]:
         return Choice(False, f"the extension was built without it; {REBUILD}")
     if device_type == "cuda":
+        built, driver = found.facts["cuda_version"], found.facts["cuda_driver"]
+        if int(driver.split(".")[0]) < int(built.split(".")[0]):
+            return Choice(
+                False,
+                f"the extension was built with CUDA {built} and the driver knows {driver} at most; update the driver, "
+                f"or put an older nvcc first in PATH and {REBUILD}",
+            )
         capability = torch.cuda.get_device_capability()
         if not covers(found.facts["cuda_archs"], capability):
             archs, own = " ".join(found.facts["cuda_archs"]), ".".join(map(str, capability))

@@ -164,7 +164,8 @@ def test_the_floor_counts_what_must_be_done() -> None:
     nce = kernel_cases.build(Case("patch_nce", (2, 3, 16, 8)), CPU)
     assert nce.floor_operations == 2 * 3 * (2 * 16 * 16 * 8) * 2
     assert nce.floor_bytes == 3 * 2 * 3 * 16 * 8 * 4
-    assert kernel_cases.build(Case("adalin", (2, 4, 6, 5), "bf16"), CPU).floor_bytes == 5 * 2 * 4 * 6 * 5 * 2
+    for op, maps in (("adalin", 8), ("iln", 8), ("instance_norm_act", 5)):
+        assert kernel_cases.build(Case(op, (2, 4, 6, 5), "bf16"), CPU).floor_bytes == maps * 2 * 4 * 6 * 5 * 2
     gather = kernel_cases.build(Case("patch_gather", (1, 3, 17, 16)), CPU)
     assert gather.floor_bytes == (3 * 256 * 3 + 3 * 17 * 16) * 4
 

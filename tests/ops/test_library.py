@@ -87,12 +87,15 @@ def test_which_gpus_the_machine_code_runs_on(archs: list[str], capability: tuple
 
 
 def test_a_gpu_that_the_build_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {"cuda": ["patch_nce"], "cuda_archs": ["8.0"]}
+    facts = {"cuda": ["patch_nce"], "cuda_archs": ["8.0"], "cuda_version": "13.0", "cuda_driver": "13.1"}
     monkeypatch.setattr(_library, "load", lambda: _library.Extension(facts, None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     choice = _library.choose("patch_nce", "cuda")
     assert not choice.native and "built for 8.0 and this GPU is 9.0; set I2I_DIST_CUDA_ARCHS" in choice.reason
     assert "built without it" in _library.choose("adalin", "cuda").reason
+    facts["cuda_driver"] = "12.8"
+    _library._choose.cache_clear()
+    assert "built with CUDA 13.0 and the driver knows 12.8 at most" in _library.choose("patch_nce", "cuda").reason
 
 
 def test_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
