@@ -49,7 +49,7 @@ def adalin(
     check_map("adalin", x, residual, activation, eps)
     _check_parameters(x, {"gamma": gamma, "beta": beta}, (x.size(0), x.size(1)))
     _check_parameters(x, {"rho": rho}, (x.size(1),))
-    if unbiased and x[0, 0].numel() < 2:
+    if unbiased and x.size(2) * x.size(3) < 2:
         raise ValueError(f"x has shape {list(x.shape)}: one pixel has no unbiased variance; use unbiased=False.")
     if not _library.use_native("adalin", x.device.type):
         return reference.adalin(

@@ -35,7 +35,7 @@ def instance_norm_act(
     Source: Ulyanov et al. 2016, equation 4.
     """
     check_map("instance_norm_act", x, residual, activation, eps)
-    if x[0, 0].numel() < 2:
+    if x.size(2) * x.size(3) < 2:
         raise ValueError(f"x has shape {list(x.shape)}: the instance norm of one pixel is 0; use larger maps.")
     if not _library.use_native("instance_norm_act", x.device.type):
         return reference.instance_norm_act(x, eps=eps, activation=activation, residual=residual)
