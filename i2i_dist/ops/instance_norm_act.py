@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from i2i_dist.ops import _library, reference
 from i2i_dist.ops._maps import activation_of, check_map, like, statistics_dtype
@@ -74,6 +75,6 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 if _library.load().problem is None:
-    torch.library.register_fake("i2i_dist::instance_norm_act", _fake)
-    torch.library.register_fake("i2i_dist::instance_norm_act_backward", _fake_backward)
-    torch.library.register_autograd("i2i_dist::instance_norm_act", _backward, setup_context=_setup)
+    register_fake("i2i_dist::instance_norm_act", _fake)
+    register_fake("i2i_dist::instance_norm_act_backward", _fake_backward)
+    register_autograd("i2i_dist::instance_norm_act", _backward, setup_context=_setup)

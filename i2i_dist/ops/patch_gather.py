@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from i2i_dist.ops import _library, reference
 from i2i_dist.ops._maps import FLOATING, like, memory_format
@@ -73,9 +74,7 @@ def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 if _library.load().problem is None:
-    torch.library.register_fake("i2i_dist::patch_gather", _fake)
-    torch.library.register_fake("i2i_dist::patch_gather_backward", _fake_backward)
-    torch.library.register_autograd("i2i_dist::patch_gather", _backward, setup_context=_setup)
-    torch.library.register_autograd(
-        "i2i_dist::patch_gather_backward", _backward_of_backward, setup_context=_setup_backward
-    )
+    register_fake("i2i_dist::patch_gather", _fake)
+    register_fake("i2i_dist::patch_gather_backward", _fake_backward)
+    register_autograd("i2i_dist::patch_gather", _backward, setup_context=_setup)
+    register_autograd("i2i_dist::patch_gather_backward", _backward_of_backward, setup_context=_setup_backward)

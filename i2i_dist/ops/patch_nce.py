@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from i2i_dist.ops import _library, reference
 from i2i_dist.ops._maps import FLOATING
@@ -264,7 +265,7 @@ def _differentiable_gradients(
 
 
 if _library.load().problem is None:
-    torch.library.register_fake("i2i_dist::patch_nce", _fake)
-    torch.library.register_fake("i2i_dist::patch_nce_query_gradient", _fake_query_gradient)
-    torch.library.register_fake("i2i_dist::patch_nce_key_gradient", _fake_key_gradient)
-    torch.library.register_autograd("i2i_dist::patch_nce", _backward, setup_context=_setup)
+    register_fake("i2i_dist::patch_nce", _fake)
+    register_fake("i2i_dist::patch_nce_query_gradient", _fake_query_gradient)
+    register_fake("i2i_dist::patch_nce_key_gradient", _fake_key_gradient)
+    register_autograd("i2i_dist::patch_nce", _backward, setup_context=_setup)

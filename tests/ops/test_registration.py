@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from i2i_dist import ops
 from i2i_dist.ops import reference
@@ -64,9 +65,9 @@ def requiring_gradients(argument: Any) -> Any:
 def test_every_op_passes_opcheck(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     op = getattr(torch.ops.i2i_dist, name).default
     arguments = samples(dtype, layout)[name]
-    torch.library.opcheck(op, arguments)
+    opcheck(op, arguments)
     if name in ("patch_nce", "adalin", "instance_norm_act", "patch_gather", "patch_gather_backward"):
-        torch.library.opcheck(op, [requiring_gradients(argument) for argument in arguments])
+        opcheck(op, [requiring_gradients(argument) for argument in arguments])
 
 
 def test_every_op_of_the_extension_is_sampled() -> None:
