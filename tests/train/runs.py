@@ -137,11 +137,14 @@ def launch(command: Sequence[str], log: Path, environment: Mapping[str, str] | N
     return _started[-1]
 
 
+_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO", "PYTHONPATH": str(ROOT)}
+
+
 def start_server() -> None:
     """Start the process that has imported everything and forks a new one for each run: it saves seconds a run."""
-    server_environment = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO", "PYTHONPATH": str(ROOT)}
+    stop_server()  # one that other tests have left has loaded its libraries with other threads and modes
     before = dict(os.environ)
-    os.environ.update(server_environment)
+    os.environ.update(_SERVER_ENVIRONMENT)
     try:
         multiprocessing.set_forkserver_preload(["i2i_dist.train", "tests.train.runs"])
         forkserver.ensure_running()
@@ -169,6 +172,7 @@ def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | 
 
 def _enter(arguments: list[str], log: str, environment: dict[str, str], hook: str) -> None:
     os.setsid()
+    assert os.environ.items() >= _SERVER_ENVIRONMENT.items(), "forked from a server that start_server did not start"
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
