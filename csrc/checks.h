@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 namespace i2i {
 
 // x [N, C, H, W], not empty, floating point, dense in memory as contiguous or channels_last.
@@ -48,12 +50,38 @@ inline void check_statistics(const at::Tensor& other, const at::Tensor& x, at::I
       statistics_dtype(x), ", ", x.device(), ".");
 }
 
-// A map x and the parameters of adalin: gamma, beta [N, C] and rho [C].
-inline void check_adalin(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, const at::Tensor& rho) {
+// The arguments of adalin: a map x; gamma, beta [N, C] and rho [C]; a residual like x.
+inline void check_adalin(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, const at::Tensor& rho,
+                         const std::optional<at::Tensor>& residual) {
   check_map(x, "x");
   check_statistics(gamma, x, {x.size(0), x.size(1)}, "gamma");
   check_statistics(beta, x, {x.size(0), x.size(1)}, "beta");
   check_statistics(rho, x, {x.size(1)}, "rho");
+  if (residual) check_like(*residual, x, "residual");
+}
+
+// The arguments of adalin_backward: those of adalin, grad like x, and the statistics [N, C, 2] and [N, 2].
+inline void check_adalin_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,
+                                  const at::Tensor& beta, const at::Tensor& rho, const at::Tensor& instance_statistics,
+                                  const at::Tensor& layer_statistics) {
+  check_adalin(x, gamma, beta, rho, std::nullopt);
+  check_like(grad, x, "grad");
+  check_statistics(instance_statistics, x, {x.size(0), x.size(1), 2}, "instance_statistics");
+  check_statistics(layer_statistics, x, {x.size(0), 2}, "layer_statistics");
+}
+
+// The arguments of instance_norm_act: a map x and a residual like it.
+inline void check_instance_norm_act(const at::Tensor& x, const std::optional<at::Tensor>& residual) {
+  check_map(x, "x");
+  if (residual) check_like(*residual, x, "residual");
+}
+
+// The arguments of instance_norm_act_backward: a map x, grad like it, and the statistics [N, C, 2].
+inline void check_instance_norm_act_backward(const at::Tensor& grad, const at::Tensor& x,
+                                             const at::Tensor& statistics) {
+  check_map(x, "x");
+  check_like(grad, x, "grad");
+  check_statistics(statistics, x, {x.size(0), x.size(1), 2}, "statistics");
 }
 
 // ids int64 [P] on the device of `other`.

@@ -71,8 +71,7 @@ void backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& sta
 
 std::tuple<at::Tensor, at::Tensor> instance_norm_act(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                                      double eps, double slope) {
-  check_map(x, "x");
-  if (residual) check_like(*residual, x, "residual");
+  check_instance_norm_act(x, residual);
   const at::Tensor y = at::empty_like(x);
   const at::Tensor statistics = at::empty({x.size(0), x.size(1), 2}, x.options().dtype(statistics_dtype(x)));
   const at::Tensor added = residual ? in_layout_of(x, *residual) : at::Tensor();
@@ -83,9 +82,7 @@ std::tuple<at::Tensor, at::Tensor> instance_norm_act(const at::Tensor& x, const 
 
 at::Tensor instance_norm_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& statistics,
                                       double slope) {
-  check_map(x, "x");
-  check_like(grad, x, "grad");
-  check_statistics(statistics, x, {x.size(0), x.size(1), 2}, "statistics");
+  check_instance_norm_act_backward(grad, x, statistics);
   const at::Tensor grad_x = at::empty_like(x), incoming = in_layout_of(x, grad), saved = statistics.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "instance_norm_act_backward",
                                   [&] { backward<scalar_t>(incoming, x, saved, slope, grad_x); });

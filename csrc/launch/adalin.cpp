@@ -22,8 +22,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adalin(const at::Tensor& x, const
                                                       const at::Tensor& beta, const at::Tensor& rho,
                                                       const std::optional<at::Tensor>& residual, double eps,
                                                       bool unbiased, double slope) {
-  check_adalin(x, gamma, beta, rho);
-  if (residual.has_value()) check_like(*residual, x, "residual");
+  check_adalin(x, gamma, beta, rho, residual);
   const c10::DeviceGuard guard(x.device());
   const Map map = map_of(x);
   const at::Tensor input = aligned(x);
@@ -52,10 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adalin(const at::Tensor& x, const
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> adalin_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, const at::Tensor& rho,
     const at::Tensor& instance_statistics, const at::Tensor& layer_statistics, bool unbiased, double slope) {
-  check_adalin(x, gamma, beta, rho);
-  check_like(grad, x, "grad");
-  check_statistics(instance_statistics, x, {x.size(0), x.size(1), 2}, "instance_statistics");
-  check_statistics(layer_statistics, x, {x.size(0), 2}, "layer_statistics");
+  check_adalin_backward(grad, x, gamma, beta, rho, instance_statistics, layer_statistics);
   const c10::DeviceGuard guard(x.device());
   const Map map = map_of(x);
   const at::Tensor input = aligned(x), gradient = in_format_of(x, grad);

@@ -12,8 +12,7 @@ namespace cuda {
 
 std::tuple<at::Tensor, at::Tensor> instance_norm_act(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                                      double eps, double slope) {
-  check_map(x, "x");
-  if (residual.has_value()) check_like(*residual, x, "residual");
+  check_instance_norm_act(x, residual);
   const c10::DeviceGuard guard(x.device());
   const Map map = map_of(x);
   const at::Tensor input = aligned(x);
@@ -42,9 +41,7 @@ std::tuple<at::Tensor, at::Tensor> instance_norm_act(const at::Tensor& x, const 
 
 at::Tensor instance_norm_act_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& statistics,
                                       double slope) {
-  check_map(x, "x");
-  check_like(grad, x, "grad");
-  check_statistics(statistics, x, {x.size(0), x.size(1), 2}, "statistics");
+  check_instance_norm_act_backward(grad, x, statistics);
   const c10::DeviceGuard guard(x.device());
   const Map map = map_of(x);
   const at::Tensor input = aligned(x), gradient = in_format_of(x, grad), instance = statistics.contiguous();

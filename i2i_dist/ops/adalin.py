@@ -139,10 +139,13 @@ def _fake_backward(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, gamma, beta, rho, _, ctx.eps, ctx.unbiased, ctx.slope = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or the statistics' gradients would be filled with zeros
     ctx.save_for_backward(x, gamma, beta, rho, *output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     x, gamma, beta, rho, instance_statistics, layer_statistics = ctx.saved_tensors
     grad_residual = grad if ctx.needs_input_grad[4] else None
     if not any(ctx.needs_input_grad[:4]):

@@ -58,10 +58,13 @@ def _fake_backward(grad: Tensor, x: Tensor, statistics: Tensor, slope: float) ->
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, ctx.eps, ctx.slope = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the statistics' gradient would be filled with zeros
     ctx.save_for_backward(x, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
     x, statistics = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0] and torch.is_grad_enabled():

@@ -219,10 +219,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.key_gradient = any(key.requires_grad for key in keys)
     _, statistics, gradient = output
     ctx.mark_non_differentiable(statistics, gradient)
+    ctx.set_materialize_grads(False)  # or a gradient of `gradient` would be filled with zeros
     ctx.save_for_backward(*queries, *keys, statistics, gradient)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return [None] * ctx.layers, [None] * ctx.layers, *[None] * 6
     *rows, statistics, gradient = ctx.saved_tensors
     queries, keys = rows[: ctx.layers], rows[ctx.layers :]
     if torch.is_grad_enabled():

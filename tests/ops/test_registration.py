@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from i2i_dist import ops
 from i2i_dist.ops import reference
@@ -128,6 +129,52 @@ def test_some_arguments_may_need_no_gradient(name: str) -> None:
         (grad,) = torch.autograd.grad(function(*alone).sum(), alone[index])
         torch.testing.assert_close(grad, everything[index], rtol=1e-12, atol=1e-12)
         assert grad.shape == tensor.shape
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes the names of all ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, op: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_gradient_is_made_up_for_what_has_none(name: str) -> None:
+    """Statistics and prepared gradients are outputs too; a gradient of zeros for each would be memory and a launch."""
+    function, drawn = FUNCTIONS[name]
+    arguments = [tensor.clone().requires_grad_() for tensor in drawn]
+    output = function(*arguments)
+    with Dispatched() as dispatched:
+        torch.autograd.grad(output, arguments, torch.ones_like(output))
+    assert any(op.startswith("i2i_dist::") for op in dispatched.names)
+    assert not {"aten::zeros", "aten::new_zeros", "aten::zeros_like", "aten::zero_"} & dispatched.names
+
+
+class Blind(torch.autograd.Function):
+    """Returns its input, and has no gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_gradient_comes_out_where_none_came_in(name: str) -> None:
+    function, drawn = FUNCTIONS[name]
+    arguments = [tensor.clone().requires_grad_() for tensor in drawn]
+    grads = torch.autograd.grad(
+        Blind.apply(function(*arguments)), arguments, torch.ones(()).expand_as(function(*drawn)), allow_unused=True
+    )
+    assert all(grad is None or not grad.any() for grad in grads)
 
 
 def dependent(x: Tensor, other: Tensor) -> Tensor:
