@@ -64,12 +64,12 @@ class Usage(NamedTuple):
 def tool(name: str) -> str:
     """Return the path of a program of the CUDA toolkit, or skip."""
     folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    packages = importlib.util.find_spec("nvidia")  # what NVIDIA's own packages share
+    for package in (packages and packages.submodule_search_locations) or ():
+        folders += map(str, Path(package).glob("*/bin"))
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
-        pytest.skip(f"{name} is neither in PATH nor in CUDA_HOME nor in the triton package")
+        pytest.skip(f"{name} is neither in PATH nor in CUDA_HOME nor among the packages")
     return found
 
 
