@@ -15,30 +15,23 @@ from torch.overrides import TorchFunctionMode
 
 from i2i_dist.data.batch import Batch
 from i2i_dist.distributed import rank_and_world
-from i2i_dist.draws import Draws
 from i2i_dist.engine_state import capture
 from i2i_dist.engines import Layout, SideEngine
 from i2i_dist.method import ParameterGroup
 from i2i_dist.methods import METHODS, resolve
-from i2i_dist.networks.projection import take
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides, update
+from tests.methods.cases import CASES
+from tests.methods.cases.common import GLOBAL_BATCH, SEED, SIZE
 from tests.ranks import run_ranks
 
-GLOBAL_BATCH, SIZE, SEED, STEPS, NAN_STEPS = 4, 32, 3, 5, 3
-SMALL: dict[str, dict[str, Any]] = {
-    "dclgan": {
-        "width": 4, "blocks": 2, "critic_width": 4, "head_dim": 32, "nce_patches": 16,
-        "nce_layers": ["down1", "down2", "block2"], "lr": 0.01, "lr_heads": 0.02,
-    },
-    "cyclegan": {"width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0, "lr": 0.001},
-}  # fmt: skip
-CASES = list(itertools.product(SMALL, range(4), (1, 2)))
-LATE_NAN_CASES = list(itertools.product((0, 3), (1, 2)))
+STEPS, NAN_STEPS = 5, 3
+MATRIX = list(itertools.product(CASES, range(4), (1, 2)))
+LATE_NAN_MATRIX = list(itertools.product((0, 3), (1, 2)))
 
 
 def small_method(name: str, **changes: Any) -> Any:
-    method, config = resolve({"name": name, **SMALL[name], **changes})
+    method, config = resolve({"name": name, **CASES[name].small, **changes})
     built = method(config, torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():  # weights and biases of some size, so that five steps go somewhere
@@ -83,92 +76,6 @@ def micro_batches(step: int, accumulation: int) -> list[Batch]:
     ]
 
 
-# ------------------------------------------------------------------------------------------ the plain PyTorch loops
-
-
-def plain_nce(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-    """The papers' masked form, image by image, from cosine similarities."""
-    losses = []
-    for query, key in zip(queries, keys, strict=True):
-        for q, k in zip(query, key.detach(), strict=True):
-            similar = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
-            positive = similar.diagonal()[:, None]
-            negative = similar.masked_fill(torch.eye(len(q), dtype=torch.bool), -10.0)
-            logits = torch.cat([positive, negative], dim=1) / 0.07
-            losses.append(F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none"))
-    return torch.cat(losses).mean()
-
-
-def plain_dclgan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """The released code's step: every pass on its own, discriminators first."""
-    g, d, layers = method.generator, method.discriminator, method.config.nce_layers
-    fake_b, fake_a = g.generator_ab(a)[0], g.generator_ba(b)[0]
-    identity_b, identity_a = g.generator_ab(b)[0], g.generator_ba(a)[0]
-    loss = sum(
-        0.5 * (F.relu(1 - critic(real)).mean() + F.relu(1 + critic(fake.detach())).mean())
-        for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
-    )
-    optimizers["discriminator"].zero_grad()
-    loss.backward()
-    optimizers["discriminator"].step()
-
-    d.requires_grad_(False)
-    draws = Draws(SEED, step * GLOBAL_BATCH)
-
-    def nce(direction: str, source: Tensor, fake: Tensor, encoder: Any, fake_encoder: Any, heads: Any) -> Tensor:
-        keys, queries = encoder(source, layers, encode_only=True)[1], fake_encoder(fake, layers, encode_only=True)[1]
-        ids = [
-            draws.patch_ids(f"{direction}.{layer}", math.prod(key.shape[2:]), method.config.nce_patches)
-            for layer, key in zip(layers, keys, strict=True)
-        ]
-        head_key, head_query = heads
-        return plain_nce(
-            list(head_query([take(query, i) for query, i in zip(queries, ids, strict=True)])),
-            list(head_key([take(key, i) for key, i in zip(keys, ids, strict=True)])),
-        )
-
-    loss = (
-        0.5 * (F.relu(1 - d.critic_b(fake_b)).mean() + F.relu(1 - d.critic_a(fake_a)).mean())
-        + 0.5 * 2.0 * nce("ab", a, fake_b, g.generator_ab, g.generator_ba, (g.head_a, g.head_b))
-        + 0.5 * 2.0 * nce("ba", b, fake_a, g.generator_ba, g.generator_ab, (g.head_b, g.head_a))
-        + 0.5 * (F.l1_loss(identity_a, a) + F.l1_loss(identity_b, b))
-    )
-    optimizers["generator"].zero_grad()
-    loss.backward()
-    optimizers["generator"].step()
-    d.requires_grad_(True)
-
-
-def plain_cyclegan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """The authors' code's step: generators first, the critics see the fakes made before."""
-    g, d = method.generator, method.discriminator
-    ab, ba = (lambda x: g.generator_ab(x)[0]), (lambda x: g.generator_ba(x)[0])
-    fake_b, fake_a = ab(a), ba(b)
-    d.requires_grad_(False)
-    loss = (
-        F.mse_loss(d.critic_b(fake_b), torch.ones(()).expand_as(d.critic_b(fake_b)).double())
-        + F.mse_loss(d.critic_a(fake_a), torch.ones(()).expand_as(d.critic_a(fake_a)).double())
-        + 10 * F.l1_loss(ba(fake_b), a)
-        + 10 * F.l1_loss(ab(fake_a), b)
-        + 5 * F.l1_loss(ab(b), b)
-        + 5 * F.l1_loss(ba(a), a)
-    )
-    optimizers["generator"].zero_grad()
-    loss.backward()
-    optimizers["generator"].step()
-    d.requires_grad_(True)
-    loss = sum(
-        0.5 * ((critic(real) - 1).pow(2).mean() + critic(fake.detach()).pow(2).mean())
-        for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
-    )
-    optimizers["discriminator"].zero_grad()
-    loss.backward()
-    optimizers["discriminator"].step()
-
-
-PLAIN = {"dclgan": plain_dclgan, "cyclegan": plain_cyclegan}
-
-
 def plain_run(
     name: str, steps: int, adam: bool, dropped: frozenset[int] = frozenset(), critics_only: frozenset[int] = frozenset()
 ) -> dict[str, Tensor]:
@@ -182,7 +89,7 @@ def plain_run(
         if step not in dropped:
             with ExactForward():
                 stepping = {**optimizers, "generator": idle} if step in critics_only else optimizers
-                PLAIN[name](method, *images(step), step, stepping)
+                CASES[name].step(method, *images(step), step, stepping)
     if adam:  # after one step the first moment is a tenth of the gradient
         return {
             f"{side}/{parameter_name}": optimizers[side].state[parameter]["exp_avg"]
@@ -301,7 +208,7 @@ def late_nan_matrix() -> dict[str, Any]:
     critics_only = plain_run("dclgan", NAN_STEPS, adam=False, critics_only=frozenset({1}))
     for other, steps in (("dropped", {"dropped": frozenset({1})}), ("undisturbed", {})):
         results[f"late nan, {other}"] = distance(critics_only, plain_run("dclgan", NAN_STEPS, adam=False, **steps))
-    for stage, accumulation in LATE_NAN_CASES:
+    for stage, accumulation in LATE_NAN_MATRIX:
         poison = rank_1_generator_loss_is_nan
         ours, skipped = engine_run("dclgan", (stage, stage), accumulation, NAN_STEPS, poison=poison)
         results[f"late nan {stage} {accumulation}"] = (distance(ours, critics_only), skipped)
@@ -311,7 +218,7 @@ def late_nan_matrix() -> dict[str, Any]:
 def matrix() -> dict[str, Any]:
     """Run on every rank: all cases, against the plain loops."""
     results: dict[str, Any] = {}
-    for name in SMALL:
+    for name in CASES:
         plain, first = plain_run(name, STEPS, adam=False), plain_run(name, 1, adam=True)
         start = plain_run(name, 0, adam=False)
         results[f"{name} moved"] = distance(plain, start)
@@ -344,19 +251,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return first
 
 
-@pytest.mark.parametrize(("name", "stage", "accumulation"), CASES)
+@pytest.mark.parametrize(("name", "stage", "accumulation"), MATRIX)
 def test_two_ranks_equal_a_plain_loop(results: dict[str, Any], name: str, stage: int, accumulation: int) -> None:
     assert results[f"{name} moved"] > 1e-2  # the loop went somewhere, so the distance below means something
     assert results[f"{name} {stage} {accumulation}"] <= 1e-6
     assert results[f"{name} {stage} {accumulation} adam"] <= 1e-6
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", CASES)
 def test_sides_may_have_different_stages(results: dict[str, Any], name: str) -> None:
     assert results[f"{name} mixed"] <= 1e-6
 
 
-@pytest.mark.parametrize(("name", "stage", "accumulation"), CASES)
+@pytest.mark.parametrize(("name", "stage", "accumulation"), MATRIX)
 def test_a_nan_on_one_rank_drops_the_update_everywhere(
     results: dict[str, Any], name: str, stage: int, accumulation: int
 ) -> None:
@@ -365,7 +272,7 @@ def test_a_nan_on_one_rank_drops_the_update_everywhere(
     assert difference <= 1e-6
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), LATE_NAN_CASES)
+@pytest.mark.parametrize(("stage", "accumulation"), LATE_NAN_MATRIX)
 def test_a_nan_in_the_generators_loss_alone_leaves_the_critics_their_step(
     results: dict[str, Any], stage: int, accumulation: int
 ) -> None:
@@ -394,4 +301,4 @@ def test_learning_rates_follow_the_factor(results: dict[str, Any]) -> None:
 
 
 def test_every_method_is_in_the_matrix() -> None:
-    assert SMALL.keys() == METHODS.keys()
+    assert CASES.keys() == METHODS.keys()
