@@ -4,76 +4,65 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from i2i_dist import assembly
+from i2i_dist.checkpoint import directory_name
+from i2i_dist.config import ConfigError, DataConfig, RunConfig
 from i2i_dist.data.batch import Batch
-from i2i_dist.distributed import rank_and_world
+from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.engine_state import capture
 from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import ParameterGroup
-from i2i_dist.methods import METHODS, resolve
+from i2i_dist.method import ParameterGroup, Side
+from i2i_dist.methods import METHODS
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides, update
 from tests.methods.cases import CASES
-from tests.methods.cases.common import GLOBAL_BATCH, SEED, SIZE
+from tests.methods.cases.common import GLOBAL_BATCH, SEED
 from tests.ranks import run_ranks
+from tests.trainer import Trainer, differing
+from tests.updates import ExactForward, images, micro_batches, small_method
 
-STEPS, NAN_STEPS = 5, 3
-MATRIX = list(itertools.product(CASES, range(4), (1, 2)))
+STEPS, NAN_STEPS = 4, 3
+RESUMED_AT = (0, 3)
+STAGES = range(4)
+PATIENCE = 600  # seconds for the whole matrix on a busy machine
+
+pytestmark = pytest.mark.timeout(PATIENCE)
+
+
+def accumulations(name: str) -> tuple[int, ...]:
+    """Where a sample's loss depends on the whole batch, there is one micro-batch only."""
+    return (1,) if small_method(name).couples_batch else (1, 2)
+
+
+def first_of_each_order() -> list[str]:
+    """Name one method for each order of turns, from which alone follows which steps a NaN drops."""
+    orders: dict[tuple[Side, ...], str] = {}
+    for name in CASES:
+        if 2 in accumulations(name):
+            orders.setdefault(tuple(turn.side for turn in small_method(name).turns(0)), name)
+    return list(orders.values())
+
+
+def cases_of(name: str) -> list[tuple[int, int]]:
+    """Return the stages and accumulations: all for the first method of an order, by turns for those that follow."""
+    allowed = accumulations(name)
+    if name in first_of_each_order():
+        return list(itertools.product(STAGES, allowed))
+    return [(stage, allowed[stage % len(allowed)]) for stage in STAGES]
+
+
+MATRIX = [(name, *case) for name in CASES for case in cases_of(name)]
+ADAM_MATRIX, RESUMED_MATRIX = (list(itertools.product(CASES, stages)) for stages in (STAGES, RESUMED_AT))
+NAN_MATRIX = list(itertools.product(first_of_each_order(), STAGES, (1, 2)))
 LATE_NAN_MATRIX = list(itertools.product((0, 3), (1, 2)))
-
-
-def small_method(name: str, **changes: Any) -> Any:
-    method, config = resolve({"name": name, **CASES[name].small, **changes})
-    built = method(config, torch.Generator().manual_seed(0))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # weights and biases of some size, so that five steps go somewhere
-        for parameter in [*built.generator.parameters(), *built.discriminator.parameters()]:
-            parameter.mul_(10.0).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-    return built
-
-
-class ExactForward(TorchFunctionMode):
-    """Convolutions and linear layers compute in the dtype of their input, fp64 here, from their fp32 weights.
-
-    Rounding in fp32 now and then carries a value over a kink (ReLU, L1), and from there two runs drift apart whatever
-    the engines do. In fp64 what remains is the arithmetic under test: reduction, sharding, optimizer.
-    """
-
-    LAYERS = (F.conv2d, F.conv_transpose2d, F.linear)
-
-    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self.LAYERS:
-            args = [arg.to(args[0].dtype) if isinstance(arg, Tensor) else arg for arg in args]
-        return function(*args, **(kwargs or {}))
-
-
-def images(step: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(100 + step)
-    a = torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1
-    b = (torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1).abs()
-    return a, b
-
-
-def micro_batches(step: int, accumulation: int) -> list[Batch]:
-    rank, world = rank_and_world()
-    a, b = images(step)
-    per_rank = GLOBAL_BATCH // world
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    positions = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
-    return [
-        Batch(*parts, step * GLOBAL_BATCH)
-        for parts in zip(
-            a[mine].chunk(accumulation), b[mine].chunk(accumulation), positions[mine].chunk(accumulation), strict=True
-        )
-    ]
 
 
 def plain_run(
@@ -215,23 +204,58 @@ def late_nan_matrix() -> dict[str, Any]:
     return results
 
 
-def matrix() -> dict[str, Any]:
-    """Run on every rank: all cases, against the plain loops."""
+def resumed(name: str, stage: int, directory: Path) -> dict[str, list[str]]:
+    """Train, save, go on in other engines that have restored it, and name the files that differ from going on in these.
+
+    The pools are full after the first update, so what they hold matters.
+    """
+    half, end = STEPS // 2, STEPS
+    half_name, end_name = (directory_name(steps * GLOBAL_BATCH) for steps in (half, end))
+    trainer = Trainer(small_method(name), stage, pool=GLOBAL_BATCH // 2)
+    trainer.train(0, half)
+    assert trainer.save(directory / "whole", half) is None
+    trainer.train(half, end)
+    assert trainer.save(directory / "whole", end) is None
+    trainer = Trainer(small_method(name, seed=7), stage, pool=GLOBAL_BATCH // 2)
+    trainer.restore(directory / "whole" / half_name)
+    trainer.train(half, end)
+    assert trainer.save(directory / "resumed", end) is None
+    found = {
+        "resumed": differing(directory / "resumed" / end_name, directory / "whole" / end_name),
+        "trained": differing(directory / "whole" / half_name, directory / "whole" / end_name),
+    }
+    barrier()  # nobody goes on to write while another still reads
+    return found
+
+
+def one_method(name: str, directory: Path) -> dict[str, Any]:
+    """Run on every rank: a method's cases, against its plain loop."""
+    results: dict[str, Any] = {}
+    plain, first = plain_run(name, STEPS, adam=False), plain_run(name, 1, adam=True)
+    results[f"{name} moved"] = distance(plain, plain_run(name, 0, adam=False))
+    largest = max(float(value.abs().max()) for value in first.values())
+    for stage, accumulation in cases_of(name):
+        results[f"{name} {stage} {accumulation}"] = distance(
+            engine_run(name, (stage, stage), accumulation, STEPS)[0], plain
+        )
+    for stage in STAGES:
+        adam, _ = engine_run(name, (stage, stage), accumulations(name)[-1], 1, adam=True)
+        results[f"{name} {stage} adam"] = distance(adam, first) / largest
+    results[f"{name} mixed"] = distance(engine_run(name, (3, 1), 1, STEPS)[0], plain)
+    for stage in RESUMED_AT:
+        results[f"{name} {stage} files"] = resumed(name, stage, directory / f"{name}_{stage}")
+    return results
+
+
+def matrix(directory: str) -> dict[str, Any]:
+    """Run on every rank: all cases."""
     results: dict[str, Any] = {}
     for name in CASES:
-        plain, first = plain_run(name, STEPS, adam=False), plain_run(name, 1, adam=True)
-        start = plain_run(name, 0, adam=False)
-        results[f"{name} moved"] = distance(plain, start)
-        for stage, accumulation in itertools.product(range(4), (1, 2)):
-            case = f"{name} {stage} {accumulation}"
-            results[case] = distance(engine_run(name, (stage, stage), accumulation, STEPS)[0], plain)
-            adam, _ = engine_run(name, (stage, stage), accumulation, 1, adam=True)
-            results[f"{case} adam"] = distance(adam, first) / max(float(v.abs().max()) for v in first.values())
-        results[f"{name} mixed"] = distance(engine_run(name, (3, 1), 1, STEPS)[0], plain)
-        dropped = plain_run(name, NAN_STEPS, adam=False, dropped=frozenset({1}))
-        for stage, accumulation in itertools.product(range(4), (1, 2)):
-            ours, skipped = engine_run(name, (stage, stage), accumulation, NAN_STEPS, poison=rank_1_picture_is_nan)
-            results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped), skipped)
+        results |= one_method(name, Path(directory))
+    dropped = {name: plain_run(name, NAN_STEPS, adam=False, dropped=frozenset({1})) for name in first_of_each_order()}
+    for name, stage, accumulation in NAN_MATRIX:
+        ours, skipped = engine_run(name, (stage, stage), accumulation, NAN_STEPS, poison=rank_1_picture_is_nan)
+        results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped[name]), skipped)
     results |= late_nan_matrix()
     results["deepspeed"] = what_deepspeed_does()
     return results
@@ -240,7 +264,8 @@ def matrix() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One pair of rank processes runs the whole matrix."""
-    first, second = run_ranks(2, "tests.test_engines:matrix", tmp_path_factory.mktemp("matrix"))
+    logs, files = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("checkpoints")
+    first, second = run_ranks(2, "tests.test_engines:matrix", logs, str(files), timeout=PATIENCE - 20)
     silent = (
         first["deepspeed"].pop("buffer where nobody broadcasts"),
         second["deepspeed"].pop("buffer where nobody broadcasts"),
@@ -255,7 +280,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_ranks_equal_a_plain_loop(results: dict[str, Any], name: str, stage: int, accumulation: int) -> None:
     assert results[f"{name} moved"] > 1e-2  # the loop went somewhere, so the distance below means something
     assert results[f"{name} {stage} {accumulation}"] <= 1e-6
-    assert results[f"{name} {stage} {accumulation} adam"] <= 1e-6
+
+
+@pytest.mark.parametrize(("name", "stage"), ADAM_MATRIX)
+def test_adams_first_gradients_are_those_of_a_plain_loop(results: dict[str, Any], name: str, stage: int) -> None:
+    assert results[f"{name} {stage} adam"] <= 1e-6
+
+
+@pytest.mark.parametrize(("name", "stage"), RESUMED_MATRIX)
+def test_resumed_training_ends_in_the_same_bytes(results: dict[str, Any], name: str, stage: int) -> None:
+    """Weights, moments, averages, buffers, and the pools of both ranks."""
+    found = results[f"{name} {stage} files"]
+    pools = ["pool_rank_0000.safetensors", "pool_rank_0001.safetensors"]
+    assert found["trained"] == ["discriminator.safetensors", "generator.safetensors", *pools]
+    assert found["resumed"] == []
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -263,7 +301,7 @@ def test_sides_may_have_different_stages(results: dict[str, Any], name: str) -> 
     assert results[f"{name} mixed"] <= 1e-6
 
 
-@pytest.mark.parametrize(("name", "stage", "accumulation"), MATRIX)
+@pytest.mark.parametrize(("name", "stage", "accumulation"), NAN_MATRIX)
 def test_a_nan_on_one_rank_drops_the_update_everywhere(
     results: dict[str, Any], name: str, stage: int, accumulation: int
 ) -> None:
@@ -298,6 +336,17 @@ def test_gradient_collectives_follow_the_timeout(results: dict[str, Any]) -> Non
 
 def test_learning_rates_follow_the_factor(results: dict[str, Any]) -> None:
     assert results["deepspeed"]["rates"] == {"all": 0.05}
+
+
+def coupled() -> list[tuple[str, dict[str, Any]]]:
+    return [("dclgan", {"negatives": "global_batch"})] + [(n, {}) for n in CASES if small_method(n).couples_batch]
+
+
+@pytest.mark.parametrize(("name", "changes"), coupled())
+def test_accumulation_is_refused_where_a_loss_depends_on_the_whole_batch(name: str, changes: dict[str, Any]) -> None:
+    config = RunConfig(method={"name": name}, data=DataConfig(root="nowhere"))
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: given 2, .* leave train\.micro_batch out"):
+        assembly._engines(config, small_method(name, **changes), Layout(2, 2, 1), torch.device("cpu"))
 
 
 def test_every_method_is_in_the_matrix() -> None:
