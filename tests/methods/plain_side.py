@@ -20,7 +20,10 @@ class PlainSide:
         self.module, self.steps = module, 0
         self._watch = SimpleNamespace(take=lambda: torch.zeros(()))
         self.optimizer = torch.optim.Adam(
-            [{"params": list(group.parameters), "lr": factor * group.lr, "betas": group.betas} for group in groups],
+            [
+                {"params": list(group.parameters), "lr": rate, "base_lr": rate, "betas": group.betas}
+                for group, rate in ((group, factor * group.lr) for group in groups)
+            ],
             fused=True,
         )
 
@@ -41,6 +44,10 @@ class PlainSide:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
+
+    def set_learning_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
 
 
 def plain_sides(method: Any, factor: float = 1.0) -> Any:
