@@ -151,5 +151,5 @@ def test_a_direction_that_the_method_lacks_is_refused(name: str) -> None:
     method, image = small_method(name), torch.zeros(HEIGHT, WIDTH, 3, dtype=torch.uint8)
     lacking: list[Any] = [way for way in ("a_to_b", "b_to_a", "a_to_a") if way not in method.directions]
     for direction in lacking:
-        with pytest.raises(ValueError, match=f"'{direction}', allowed is one of {', '.join(method.directions)}"):
+        with pytest.raises(ValueError, match=f"'{direction}'.*{method.directions[0]}"):
             translate(method, image, direction)
