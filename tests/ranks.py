@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -67,7 +68,9 @@ def _main() -> None:
     from i2i_dist.distributed import adopt_environment
 
     engines.start(adopt_environment(os.environ), timeout_seconds=60)
-    value = getattr(importlib.import_module(module), function)(*arguments)
+    call = getattr(importlib.import_module(module), function)
+    gc.freeze()  # ZeRO 3 collects garbage for each engine, and would look through all that is imported every time
+    value = call(*arguments)
     Path(result).write_bytes(pickle.dumps(value))
     engines.stop()
     sys.stdout.flush()

@@ -7,7 +7,6 @@ too, restores all that both have saved at every stage of its own, saves again, a
 from __future__ import annotations
 
 import errno
-import filecmp
 import itertools
 import json
 import logging
@@ -26,17 +25,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from i2i_dist import checkpoint
-from i2i_dist.checkpoint import State, directory_name, newest_verified, verify
+from i2i_dist.checkpoint import directory_name, newest_verified, verify
 from i2i_dist.distributed import barrier, gather_texts, rank_and_world
-from i2i_dist.ema import Ema
-from i2i_dist.engines import Layout, SideEngine
+from i2i_dist.engines import Precision
 from i2i_dist.method import SIDES
-from i2i_dist.methods import resolve
-from i2i_dist.pool import ImagePools
-from i2i_dist.step import Sides, update
+from tests.methods.cases.common import GLOBAL_BATCH
 from tests.ranks import run_ranks
-from tests.test_engines import GLOBAL_BATCH, SEED, ExactForward, micro_batches
+from tests.trainer import CPU, Trainer, differing
+from tests.updates import small_method
 
 # The pools of two ranks are full after four updates and exchange in the fifth, so what they hold matters from there on;
 # pools that start empty are not full within two updates, on one rank either, so there the number of ranks changes
@@ -44,56 +40,22 @@ from tests.test_engines import GLOBAL_BATCH, SEED, ExactForward, micro_batches
 POOL, BEFORE, AFTER = 8, 5, 2
 STAGES, WORLDS = range(4), (1, 2)
 CASES = list(itertools.product(WORLDS, STAGES, WORLDS, STAGES))
-CPU = torch.device("cpu")
 
 
-class Trainer:
-    """A small CycleGAN with a counter among the generator's buffers, its engines, average and pools."""
+class Counting(Trainer):
+    """A small CycleGAN with a counter among the generator's buffers."""
 
-    def __init__(self, stage: int, seed: int, precision: Any = "fp32", half_life: int = 10) -> None:
-        small = {"width": 3, "blocks": 1, "critic_width": 3, "pool_size": POOL, "lr": 2e-3}
-        method, config = resolve({"name": "cyclegan", **small})
-        self.method: Any = method(config, torch.Generator().manual_seed(seed))
-        draw = torch.Generator().manual_seed(seed + 1)
-        with torch.no_grad():
-            for side in SIDES:
-                for parameter in getattr(self.method, side).parameters():
-                    parameter.mul_(10.0).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-        generator = self.method.generator
-        generator.register_buffer("passes", torch.tensor(1000 * seed))  # int64, no dimension
-        generator.register_buffer("seen", torch.full((2, 3), float(seed)))
-        generator.register_forward_pre_hook(self.count)
-        _, world = rank_and_world()
-        layout = Layout(GLOBAL_BATCH // world, 1, world, stage=stage, precision=precision, persistence_threshold=0)
-        self.sides: Sides = {
-            # With this eps a bias in front of an instance norm, whose gradient is rounding, stays where it is.
-            side: SideEngine(getattr(self.method, side), groups, layout, CPU, eps=1e-3, fused=True)
-            for side, groups in self.method.parameter_groups().items()
-        }
-        self.ema = Ema(self.sides["generator"], half_life)
-        self.pools = ImagePools(self.method.fakes, POOL, SEED)
-        self.exact = precision == "fp32"
+    def __init__(self, stage: int, seed: int, precision: Precision = "fp32", half_life: int = 10) -> None:
+        method = small_method("cyclegan", seed, width=3, critic_width=3, lr=2e-3)
+        method.generator.register_buffer("passes", torch.tensor(1000 * seed))  # int64, no dimension
+        method.generator.register_buffer("seen", torch.full((2, 3), float(seed)))
+        method.generator.register_forward_pre_hook(self.count)
+        super().__init__(method, stage, POOL, precision, half_life)
 
     @staticmethod
     def count(module: nn.Module, _: Any) -> None:
         module.passes += 1
         module.seen += 0.5
-
-    def train(self, first: int, after: int) -> None:
-        for step in range(first, after):
-            batches = micro_batches(step, 1)
-            if not self.exact:
-                batches = [batch._replace(a=batch.a.float(), b=batch.b.float()) for batch in batches]
-            with ExactForward() if self.exact else torch.enable_grad():
-                update(
-                    self.method, self.sides, lambda _, now=batches: now, self.pools,
-                    seed=SEED, number=step, images_seen=step * GLOBAL_BATCH,
-                )  # fmt: skip
-            self.ema.update((step + 1) * GLOBAL_BATCH, GLOBAL_BATCH)
-
-    def save(self, directory: Path, steps: int, keep: int = 99) -> str | None:
-        state = State(steps * GLOBAL_BATCH, steps, rank_and_world()[1], {"method": {}}, {})
-        return checkpoint.save(directory, state, self.sides, self.ema, self.pools, keep)
 
     def empty_pools(self) -> None:
         self.pools.restore({}, CPU)
@@ -109,12 +71,12 @@ BEFORE_NAME, AFTER_NAME = directory_name(BEFORE * GLOBAL_BATCH), directory_name(
 def train_and_save(root: Path, stage: int) -> None:
     """Save, go on, and save what came of it: with the pools as they are, and with pools that start empty."""
     _, world = rank_and_world()
-    trainer = Trainer(stage, seed=0)
+    trainer = Counting(stage, seed=0)
     trainer.train(0, BEFORE)
     assert trainer.save(saved(root, world, stage), BEFORE) is None
     trainer.train(BEFORE, BEFORE + AFTER)
     assert trainer.save(saved(root, world, stage), BEFORE + AFTER) is None
-    trainer = Trainer(stage, seed=0)
+    trainer = Counting(stage, seed=0)
     trainer.train(0, BEFORE)
     trainer.empty_pools()
     trainer.train(BEFORE, BEFORE + AFTER)
@@ -133,11 +95,11 @@ def restore_and_go_on(root: Path, world: int, stage: int, stage_now: int, warnin
     if rank == 0:
         shutil.rmtree(own, ignore_errors=True)
     barrier()
-    trainer = Trainer(stage_now, seed=7)
+    trainer = Counting(stage_now, seed=7)
     if (stage + stage_now) % 2:
         trainer.train(0, 1)  # engines that have stepped on other weights must forget them
     warnings.clear()
-    state = checkpoint.restore(source, trainer.sides, trainer.ema, trainer.pools, CPU)
+    state = trainer.restore(source)
     assert trainer.save(own, BEFORE) is None
     trainer.train(BEFORE, BEFORE + AFTER)
     assert trainer.save(own, BEFORE + AFTER) is None
@@ -153,17 +115,6 @@ def restore_and_go_on(root: Path, world: int, stage: int, stage_now: int, warnin
         "distance": distance(own / AFTER_NAME, aim),
         "warnings": list(warnings),
     }
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Name the tensor files that are not the same bytes in both checkpoints."""
-    names = {path.name for path in [*one.glob("*.safetensors"), *other.glob("*.safetensors")]}
-    return sorted(
-        name
-        for name in names
-        if not ((one / name).is_file() and (other / name).is_file())
-        or not filecmp.cmp(one / name, other / name, shallow=False)
-    )
 
 
 def numbers(path: Path) -> Any:
@@ -222,15 +173,15 @@ def matrix(directory: str) -> dict[Any, Any]:
 
 def bf16(directory: Path) -> dict[str, Any]:
     """Save under autocast at one stage, restore at two."""
-    trainer = Trainer(2, seed=0, precision="bf16")
+    trainer = Counting(2, seed=0, precision="bf16")
     trainer.train(0, BEFORE)
     assert trainer.save(directory, BEFORE) is None
     trainer.train(BEFORE, BEFORE + AFTER)
     assert trainer.save(directory, BEFORE + AFTER) is None
     found = {}
     for stage in (2, 3):
-        again = Trainer(stage, seed=7, precision="bf16")
-        checkpoint.restore(directory / BEFORE_NAME, again.sides, again.ema, again.pools, CPU)
+        again = Counting(stage, seed=7, precision="bf16")
+        again.restore(directory / BEFORE_NAME)
         own = directory.with_name(f"bf16_{stage}")
         assert again.save(own, BEFORE) is None
         again.train(BEFORE, BEFORE + AFTER)
@@ -244,17 +195,17 @@ def bf16(directory: Path) -> dict[str, Any]:
 
 def average_switched_on(root: Path) -> dict[str, Any]:
     """Save without an average, go on with one: it starts at the weights; and the replica is filled with it."""
-    trainer = Trainer(1, seed=0, half_life=0)
+    trainer = Counting(1, seed=0, half_life=0)
     trainer.train(0, 1)
     assert trainer.save(root / "no_average", 1) is None
     path = root / "no_average" / directory_name(GLOBAL_BATCH)
-    again = Trainer(3, seed=7)
-    checkpoint.restore(path, again.sides, again.ema, again.pools, CPU)
+    again = Counting(3, seed=7)
+    again.restore(path)
     stored = load_file(path / "generator.safetensors")
     rank, _ = rank_and_world()
     found = {"ema in the file": sum(key.startswith("ema/") for key in stored)}
     for name, ema in (("off", trainer.ema), ("on", again.ema)):
-        replica = Trainer(0, seed=3).method.generator if rank == 0 else (Trainer(0, seed=3) and None)
+        replica = Counting(0, seed=3).method.generator if rank == 0 else (Counting(0, seed=3) and None)
         ema.load_into(replica)
         if replica is not None:
             found[name] = max(float((p - stored[f"param/{key}"]).abs().max()) for key, p in replica.named_parameters())
@@ -262,10 +213,10 @@ def average_switched_on(root: Path) -> dict[str, Any]:
 
 
 def before_the_first_update(directory: Path) -> list[str]:
-    trainer = Trainer(1, seed=0)
+    trainer = Counting(1, seed=0)
     assert trainer.save(directory, 0) is None
-    again = Trainer(2, seed=7)
-    checkpoint.restore(directory / directory_name(0), again.sides, again.ema, again.pools, CPU)
+    again = Counting(2, seed=7)
+    again.restore(directory / directory_name(0))
     assert again.save(directory.with_name("first_again"), 0) is None
     again.train(0, 1)
     trainer.train(0, 1)
@@ -301,7 +252,7 @@ def disk_full(owner: Any, name: str, at: int) -> Iterator[None]:
 
 def faults(directory: Path) -> list[Any]:
     rank, _ = rank_and_world()
-    trainer = Trainer(1, seed=0)
+    trainer = Counting(1, seed=0)
     trainer.train(0, 1)
     assert trainer.save(directory, 1) is None
     found = []

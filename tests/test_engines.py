@@ -4,169 +4,65 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from i2i_dist import assembly
+from i2i_dist.checkpoint import directory_name
+from i2i_dist.config import ConfigError, DataConfig, RunConfig
 from i2i_dist.data.batch import Batch
-from i2i_dist.distributed import rank_and_world
-from i2i_dist.draws import Draws
+from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.engine_state import capture
 from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import ParameterGroup
-from i2i_dist.methods import METHODS, resolve
-from i2i_dist.networks.projection import take
+from i2i_dist.method import ParameterGroup, Side
+from i2i_dist.methods import METHODS
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides, update
+from tests.methods.cases import CASES
+from tests.methods.cases.common import GLOBAL_BATCH, SEED
 from tests.ranks import run_ranks
+from tests.trainer import Trainer, differing
+from tests.updates import ExactForward, images, micro_batches, small_method
 
-GLOBAL_BATCH, SIZE, SEED, STEPS, NAN_STEPS = 4, 32, 3, 5, 3
-SMALL: dict[str, dict[str, Any]] = {
-    "dclgan": {
-        "width": 4, "blocks": 2, "critic_width": 4, "head_dim": 32, "nce_patches": 16,
-        "nce_layers": ["down1", "down2", "block2"], "lr": 0.01, "lr_heads": 0.02,
-    },
-    "cyclegan": {"width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0, "lr": 0.001},
-}  # fmt: skip
-CASES = list(itertools.product(SMALL, range(4), (1, 2)))
-LATE_NAN_CASES = list(itertools.product((0, 3), (1, 2)))
+STEPS, NAN_STEPS = 4, 3
+RESUMED_AT = (0, 3)
+STAGES = range(4)
+PATIENCE = 600  # seconds for the whole matrix on a busy machine
+
+pytestmark = pytest.mark.timeout(PATIENCE)
 
 
-def small_method(name: str, **changes: Any) -> Any:
-    method, config = resolve({"name": name, **SMALL[name], **changes})
-    built = method(config, torch.Generator().manual_seed(0))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # weights and biases of some size, so that five steps go somewhere
-        for parameter in [*built.generator.parameters(), *built.discriminator.parameters()]:
-            parameter.mul_(10.0).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-    return built
+def accumulations(name: str) -> tuple[int, ...]:
+    """Where a sample's loss depends on the whole batch, there is one micro-batch only."""
+    return (1,) if small_method(name).couples_batch else (1, 2)
 
 
-class ExactForward(TorchFunctionMode):
-    """Convolutions and linear layers compute in the dtype of their input, fp64 here, from their fp32 weights.
-
-    Rounding in fp32 now and then carries a value over a kink (ReLU, L1), and from there two runs drift apart whatever
-    the engines do. In fp64 what remains is the arithmetic under test: reduction, sharding, optimizer.
-    """
-
-    LAYERS = (F.conv2d, F.conv_transpose2d, F.linear)
-
-    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self.LAYERS:
-            args = [arg.to(args[0].dtype) if isinstance(arg, Tensor) else arg for arg in args]
-        return function(*args, **(kwargs or {}))
+def first_of_each_order() -> list[str]:
+    """Name one method for each order of turns, from which alone follows which steps a NaN drops."""
+    orders: dict[tuple[Side, ...], str] = {}
+    for name in CASES:
+        if 2 in accumulations(name):
+            orders.setdefault(tuple(turn.side for turn in small_method(name).turns(0)), name)
+    return list(orders.values())
 
 
-def images(step: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(100 + step)
-    a = torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1
-    b = (torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1).abs()
-    return a, b
+def cases_of(name: str) -> list[tuple[int, int]]:
+    """Return the stages and accumulations: all for the first method of an order, by turns for those that follow."""
+    allowed = accumulations(name)
+    if name in first_of_each_order():
+        return list(itertools.product(STAGES, allowed))
+    return [(stage, allowed[stage % len(allowed)]) for stage in STAGES]
 
 
-def micro_batches(step: int, accumulation: int) -> list[Batch]:
-    rank, world = rank_and_world()
-    a, b = images(step)
-    per_rank = GLOBAL_BATCH // world
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    positions = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
-    return [
-        Batch(*parts, step * GLOBAL_BATCH)
-        for parts in zip(
-            a[mine].chunk(accumulation), b[mine].chunk(accumulation), positions[mine].chunk(accumulation), strict=True
-        )
-    ]
-
-
-# ------------------------------------------------------------------------------------------ the plain PyTorch loops
-
-
-def plain_nce(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-    """The papers' masked form, image by image, from cosine similarities."""
-    losses = []
-    for query, key in zip(queries, keys, strict=True):
-        for q, k in zip(query, key.detach(), strict=True):
-            similar = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
-            positive = similar.diagonal()[:, None]
-            negative = similar.masked_fill(torch.eye(len(q), dtype=torch.bool), -10.0)
-            logits = torch.cat([positive, negative], dim=1) / 0.07
-            losses.append(F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none"))
-    return torch.cat(losses).mean()
-
-
-def plain_dclgan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """The released code's step: every pass on its own, discriminators first."""
-    g, d, layers = method.generator, method.discriminator, method.config.nce_layers
-    fake_b, fake_a = g.generator_ab(a)[0], g.generator_ba(b)[0]
-    identity_b, identity_a = g.generator_ab(b)[0], g.generator_ba(a)[0]
-    loss = sum(
-        0.5 * (F.relu(1 - critic(real)).mean() + F.relu(1 + critic(fake.detach())).mean())
-        for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
-    )
-    optimizers["discriminator"].zero_grad()
-    loss.backward()
-    optimizers["discriminator"].step()
-
-    d.requires_grad_(False)
-    draws = Draws(SEED, step * GLOBAL_BATCH)
-
-    def nce(direction: str, source: Tensor, fake: Tensor, encoder: Any, fake_encoder: Any, heads: Any) -> Tensor:
-        keys, queries = encoder(source, layers, encode_only=True)[1], fake_encoder(fake, layers, encode_only=True)[1]
-        ids = [
-            draws.patch_ids(f"{direction}.{layer}", math.prod(key.shape[2:]), method.config.nce_patches)
-            for layer, key in zip(layers, keys, strict=True)
-        ]
-        head_key, head_query = heads
-        return plain_nce(
-            list(head_query([take(query, i) for query, i in zip(queries, ids, strict=True)])),
-            list(head_key([take(key, i) for key, i in zip(keys, ids, strict=True)])),
-        )
-
-    loss = (
-        0.5 * (F.relu(1 - d.critic_b(fake_b)).mean() + F.relu(1 - d.critic_a(fake_a)).mean())
-        + 0.5 * 2.0 * nce("ab", a, fake_b, g.generator_ab, g.generator_ba, (g.head_a, g.head_b))
-        + 0.5 * 2.0 * nce("ba", b, fake_a, g.generator_ba, g.generator_ab, (g.head_b, g.head_a))
-        + 0.5 * (F.l1_loss(identity_a, a) + F.l1_loss(identity_b, b))
-    )
-    optimizers["generator"].zero_grad()
-    loss.backward()
-    optimizers["generator"].step()
-    d.requires_grad_(True)
-
-
-def plain_cyclegan(method: Any, a: Tensor, b: Tensor, step: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """The authors' code's step: generators first, the critics see the fakes made before."""
-    g, d = method.generator, method.discriminator
-    ab, ba = (lambda x: g.generator_ab(x)[0]), (lambda x: g.generator_ba(x)[0])
-    fake_b, fake_a = ab(a), ba(b)
-    d.requires_grad_(False)
-    loss = (
-        F.mse_loss(d.critic_b(fake_b), torch.ones(()).expand_as(d.critic_b(fake_b)).double())
-        + F.mse_loss(d.critic_a(fake_a), torch.ones(()).expand_as(d.critic_a(fake_a)).double())
-        + 10 * F.l1_loss(ba(fake_b), a)
-        + 10 * F.l1_loss(ab(fake_a), b)
-        + 5 * F.l1_loss(ab(b), b)
-        + 5 * F.l1_loss(ba(a), a)
-    )
-    optimizers["generator"].zero_grad()
-    loss.backward()
-    optimizers["generator"].step()
-    d.requires_grad_(True)
-    loss = sum(
-        0.5 * ((critic(real) - 1).pow(2).mean() + critic(fake.detach()).pow(2).mean())
-        for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
-    )
-    optimizers["discriminator"].zero_grad()
-    loss.backward()
-    optimizers["discriminator"].step()
-
-
-PLAIN = {"dclgan": plain_dclgan, "cyclegan": plain_cyclegan}
+MATRIX = [(name, *case) for name in CASES for case in cases_of(name)]
+ADAM_MATRIX, RESUMED_MATRIX = (list(itertools.product(CASES, stages)) for stages in (STAGES, RESUMED_AT))
+NAN_MATRIX = list(itertools.product(first_of_each_order(), STAGES, (1, 2)))
+LATE_NAN_MATRIX = list(itertools.product((0, 3), (1, 2)))
 
 
 def plain_run(
@@ -182,7 +78,7 @@ def plain_run(
         if step not in dropped:
             with ExactForward():
                 stepping = {**optimizers, "generator": idle} if step in critics_only else optimizers
-                PLAIN[name](method, *images(step), step, stepping)
+                CASES[name].step(method, *images(step), step, stepping)
     if adam:  # after one step the first moment is a tenth of the gradient
         return {
             f"{side}/{parameter_name}": optimizers[side].state[parameter]["exp_avg"]
@@ -301,30 +197,65 @@ def late_nan_matrix() -> dict[str, Any]:
     critics_only = plain_run("dclgan", NAN_STEPS, adam=False, critics_only=frozenset({1}))
     for other, steps in (("dropped", {"dropped": frozenset({1})}), ("undisturbed", {})):
         results[f"late nan, {other}"] = distance(critics_only, plain_run("dclgan", NAN_STEPS, adam=False, **steps))
-    for stage, accumulation in LATE_NAN_CASES:
+    for stage, accumulation in LATE_NAN_MATRIX:
         poison = rank_1_generator_loss_is_nan
         ours, skipped = engine_run("dclgan", (stage, stage), accumulation, NAN_STEPS, poison=poison)
         results[f"late nan {stage} {accumulation}"] = (distance(ours, critics_only), skipped)
     return results
 
 
-def matrix() -> dict[str, Any]:
-    """Run on every rank: all cases, against the plain loops."""
+def resumed(name: str, stage: int, directory: Path) -> dict[str, list[str]]:
+    """Train, save, go on in other engines that have restored it, and name the files that differ from going on in these.
+
+    The pools are full after the first update, so what they hold matters.
+    """
+    half, end = STEPS // 2, STEPS
+    half_name, end_name = (directory_name(steps * GLOBAL_BATCH) for steps in (half, end))
+    trainer = Trainer(small_method(name), stage, pool=GLOBAL_BATCH // 2)
+    trainer.train(0, half)
+    assert trainer.save(directory / "whole", half) is None
+    trainer.train(half, end)
+    assert trainer.save(directory / "whole", end) is None
+    trainer = Trainer(small_method(name, seed=7), stage, pool=GLOBAL_BATCH // 2)
+    trainer.restore(directory / "whole" / half_name)
+    trainer.train(half, end)
+    assert trainer.save(directory / "resumed", end) is None
+    found = {
+        "resumed": differing(directory / "resumed" / end_name, directory / "whole" / end_name),
+        "trained": differing(directory / "whole" / half_name, directory / "whole" / end_name),
+    }
+    barrier()  # nobody goes on to write while another still reads
+    return found
+
+
+def one_method(name: str, directory: Path) -> dict[str, Any]:
+    """Run on every rank: a method's cases, against its plain loop."""
     results: dict[str, Any] = {}
-    for name in SMALL:
-        plain, first = plain_run(name, STEPS, adam=False), plain_run(name, 1, adam=True)
-        start = plain_run(name, 0, adam=False)
-        results[f"{name} moved"] = distance(plain, start)
-        for stage, accumulation in itertools.product(range(4), (1, 2)):
-            case = f"{name} {stage} {accumulation}"
-            results[case] = distance(engine_run(name, (stage, stage), accumulation, STEPS)[0], plain)
-            adam, _ = engine_run(name, (stage, stage), accumulation, 1, adam=True)
-            results[f"{case} adam"] = distance(adam, first) / max(float(v.abs().max()) for v in first.values())
-        results[f"{name} mixed"] = distance(engine_run(name, (3, 1), 1, STEPS)[0], plain)
-        dropped = plain_run(name, NAN_STEPS, adam=False, dropped=frozenset({1}))
-        for stage, accumulation in itertools.product(range(4), (1, 2)):
-            ours, skipped = engine_run(name, (stage, stage), accumulation, NAN_STEPS, poison=rank_1_picture_is_nan)
-            results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped), skipped)
+    plain, first = plain_run(name, STEPS, adam=False), plain_run(name, 1, adam=True)
+    results[f"{name} moved"] = distance(plain, plain_run(name, 0, adam=False))
+    largest = max(float(value.abs().max()) for value in first.values())
+    for stage, accumulation in cases_of(name):
+        results[f"{name} {stage} {accumulation}"] = distance(
+            engine_run(name, (stage, stage), accumulation, STEPS)[0], plain
+        )
+    for stage in STAGES:
+        adam, _ = engine_run(name, (stage, stage), accumulations(name)[-1], 1, adam=True)
+        results[f"{name} {stage} adam"] = distance(adam, first) / largest
+    results[f"{name} mixed"] = distance(engine_run(name, (3, 1), 1, STEPS)[0], plain)
+    for stage in RESUMED_AT:
+        results[f"{name} {stage} files"] = resumed(name, stage, directory / f"{name}_{stage}")
+    return results
+
+
+def matrix(directory: str) -> dict[str, Any]:
+    """Run on every rank: all cases."""
+    results: dict[str, Any] = {}
+    for name in CASES:
+        results |= one_method(name, Path(directory))
+    dropped = {name: plain_run(name, NAN_STEPS, adam=False, dropped=frozenset({1})) for name in first_of_each_order()}
+    for name, stage, accumulation in NAN_MATRIX:
+        ours, skipped = engine_run(name, (stage, stage), accumulation, NAN_STEPS, poison=rank_1_picture_is_nan)
+        results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped[name]), skipped)
     results |= late_nan_matrix()
     results["deepspeed"] = what_deepspeed_does()
     return results
@@ -333,7 +264,8 @@ def matrix() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One pair of rank processes runs the whole matrix."""
-    first, second = run_ranks(2, "tests.test_engines:matrix", tmp_path_factory.mktemp("matrix"))
+    logs, files = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("checkpoints")
+    first, second = run_ranks(2, "tests.test_engines:matrix", logs, str(files), timeout=PATIENCE - 20)
     silent = (
         first["deepspeed"].pop("buffer where nobody broadcasts"),
         second["deepspeed"].pop("buffer where nobody broadcasts"),
@@ -344,19 +276,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return first
 
 
-@pytest.mark.parametrize(("name", "stage", "accumulation"), CASES)
+@pytest.mark.parametrize(("name", "stage", "accumulation"), MATRIX)
 def test_two_ranks_equal_a_plain_loop(results: dict[str, Any], name: str, stage: int, accumulation: int) -> None:
     assert results[f"{name} moved"] > 1e-2  # the loop went somewhere, so the distance below means something
     assert results[f"{name} {stage} {accumulation}"] <= 1e-6
-    assert results[f"{name} {stage} {accumulation} adam"] <= 1e-6
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "stage"), ADAM_MATRIX)
+def test_adams_first_gradients_are_those_of_a_plain_loop(results: dict[str, Any], name: str, stage: int) -> None:
+    assert results[f"{name} {stage} adam"] <= 1e-6
+
+
+@pytest.mark.parametrize(("name", "stage"), RESUMED_MATRIX)
+def test_resumed_training_ends_in_the_same_bytes(results: dict[str, Any], name: str, stage: int) -> None:
+    """Weights, moments, averages, buffers, and the pools of both ranks."""
+    found = results[f"{name} {stage} files"]
+    pools = ["pool_rank_0000.safetensors", "pool_rank_0001.safetensors"]
+    assert found["trained"] == ["discriminator.safetensors", "generator.safetensors", *pools]
+    assert found["resumed"] == []
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_sides_may_have_different_stages(results: dict[str, Any], name: str) -> None:
     assert results[f"{name} mixed"] <= 1e-6
 
 
-@pytest.mark.parametrize(("name", "stage", "accumulation"), CASES)
+@pytest.mark.parametrize(("name", "stage", "accumulation"), NAN_MATRIX)
 def test_a_nan_on_one_rank_drops_the_update_everywhere(
     results: dict[str, Any], name: str, stage: int, accumulation: int
 ) -> None:
@@ -365,7 +310,7 @@ def test_a_nan_on_one_rank_drops_the_update_everywhere(
     assert difference <= 1e-6
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), LATE_NAN_CASES)
+@pytest.mark.parametrize(("stage", "accumulation"), LATE_NAN_MATRIX)
 def test_a_nan_in_the_generators_loss_alone_leaves_the_critics_their_step(
     results: dict[str, Any], stage: int, accumulation: int
 ) -> None:
@@ -393,5 +338,16 @@ def test_learning_rates_follow_the_factor(results: dict[str, Any]) -> None:
     assert results["deepspeed"]["rates"] == {"all": 0.05}
 
 
+def coupled() -> list[tuple[str, dict[str, Any]]]:
+    return [("dclgan", {"negatives": "global_batch"})] + [(n, {}) for n in CASES if small_method(n).couples_batch]
+
+
+@pytest.mark.parametrize(("name", "changes"), coupled())
+def test_accumulation_is_refused_where_a_loss_depends_on_the_whole_batch(name: str, changes: dict[str, Any]) -> None:
+    config = RunConfig(method={"name": name}, data=DataConfig(root="nowhere"))
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: given 2, .* leave train\.micro_batch out"):
+        assembly._engines(config, small_method(name, **changes), Layout(2, 2, 1), torch.device("cpu"))
+
+
 def test_every_method_is_in_the_matrix() -> None:
-    assert SMALL.keys() == METHODS.keys()
+    assert CASES.keys() == METHODS.keys()

@@ -1,0 +1,46 @@
+"""Every file of configs/ trains: two updates of it, shrunk, through the launcher's own code."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from i2i_dist import config
+from i2i_dist.checkpoint import directory_name
+from i2i_dist.methods import METHODS
+from tests.methods.cases import CASES
+from tests.methods.cases.common import SIZE
+from tests.ranks import ROOT
+from tests.train.runs import checkpoints, finish, rows, settings, start_ranks
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+BATCH = 2
+# Two epochs of one update each, of which the second is in the schedule's decay.
+SHORT = {
+    "schedule__epoch_images": BATCH, "schedule__constant_epochs": 1, "schedule__decay_epochs": 1,
+    "train__global_batch": BATCH, "data__load_size": SIZE + 4, "data__crop_size": SIZE, "data__workers": 0,
+    "output__log_every_images": BATCH, "output__sample_images": 1, "output__metrics_port": None,
+}  # fmt: skip
+
+
+def shrunk(path: Path) -> dict[str, object]:
+    """Return the sizes of the method's small version; what the file's preset is about stays."""
+    method = config.load(path).method
+    preset = METHODS[method["name"]].PRESETS[method.get("preset", "official")]
+    return {f"method__{key}": value for key, value in CASES[method["name"]].small.items() if key not in preset}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_trains(path: Path, data: Path, tmp_path: Path) -> None:
+    words = ["--config", str(path), *settings(**SHORT, **shrunk(path), data__root=str(data)), "--run", tmp_path / "run"]
+    codes, (text,) = finish(start_ranks(1, words, tmp_path / "log"))
+    assert codes == [0], text
+    found = rows(tmp_path / "run")
+    assert [row["images_seen"] for row in found] == [BATCH, 2 * BATCH]
+    assert all(math.isfinite(loss) for row in found for loss in row["losses"].values())
+    assert "dropped" not in text
+    assert checkpoints(tmp_path / "run") == [directory_name(2 * BATCH)]
+    samples = {sheet.stem for sheet in (tmp_path / "run" / "samples").glob("*.png")}
+    assert samples == {directory_name(0), directory_name(2 * BATCH)}

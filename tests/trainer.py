@@ -1,0 +1,68 @@
+"""Everything of a run that a checkpoint holds, for tests that save and restore."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from i2i_dist import checkpoint
+from i2i_dist.checkpoint import State
+from i2i_dist.distributed import rank_and_world
+from i2i_dist.ema import Ema
+from i2i_dist.engines import Layout, Precision, SideEngine
+from i2i_dist.pool import ImagePools
+from i2i_dist.step import Sides, update
+from tests.methods.cases.common import GLOBAL_BATCH, SEED
+from tests.updates import ExactForward, micro_batches
+
+CPU = torch.device("cpu")
+
+
+class Trainer:
+    """A method with its engines, average and pools."""
+
+    def __init__(self, method: Any, stage: int, pool: int, precision: Precision = "fp32", half_life: int = 10) -> None:
+        self.method = method
+        _, world = rank_and_world()
+        layout = Layout(GLOBAL_BATCH // world, 1, world, stage=stage, precision=precision, persistence_threshold=0)
+        self.sides: Sides = {
+            # With this eps a bias in front of an instance norm, whose gradient is rounding, stays where it is.
+            side: SideEngine(getattr(self.method, side), groups, layout, CPU, eps=1e-3, fused=True)
+            for side, groups in self.method.parameter_groups().items()
+        }
+        self.ema = Ema(self.sides["generator"], half_life)
+        self.pools = ImagePools(self.method.fakes, pool, SEED)
+        self.exact = precision == "fp32"
+
+    def train(self, first: int, after: int) -> None:
+        for step in range(first, after):
+            batches = micro_batches(step, 1)
+            if not self.exact:
+                batches = [batch._replace(a=batch.a.float(), b=batch.b.float()) for batch in batches]
+            with ExactForward() if self.exact else torch.enable_grad():
+                update(
+                    self.method, self.sides, lambda _, now=batches: now, self.pools,
+                    seed=SEED, number=step, images_seen=step * GLOBAL_BATCH,
+                )  # fmt: skip
+            self.ema.update((step + 1) * GLOBAL_BATCH, GLOBAL_BATCH)
+
+    def save(self, directory: Path, steps: int, keep: int = 99) -> str | None:
+        state = State(steps * GLOBAL_BATCH, steps, rank_and_world()[1], {"method": {}}, {})
+        return checkpoint.save(directory, state, self.sides, self.ema, self.pools, keep)
+
+    def restore(self, path: Path) -> State:
+        return checkpoint.restore(path, self.sides, self.ema, self.pools, CPU)
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Name the tensor files that are not the same bytes in both checkpoints."""
+    names = {path.name for path in [*one.glob("*.safetensors"), *other.glob("*.safetensors")]}
+    return sorted(
+        name
+        for name in names
+        if not ((one / name).is_file() and (other / name).is_file())
+        or not filecmp.cmp(one / name, other / name, shallow=False)
+    )

@@ -1,0 +1,67 @@
+"""Updates in tests: a small version of each method, images of its size, and arithmetic without rounding's accidents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from i2i_dist.data.batch import Batch
+from i2i_dist.distributed import rank_and_world
+from i2i_dist.method import SIDES
+from i2i_dist.methods import resolve
+from tests.methods.cases import CASES
+from tests.methods.cases.common import GLOBAL_BATCH, SIZE
+
+
+def small_method(name: str, seed: int = 0, **changes: Any) -> Any:
+    """Return the small version of a method, with weights and biases of some size, so that a few steps go somewhere."""
+    method, config = resolve({"name": name, **CASES[name].small, **changes})
+    built: Any = method(config, torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for side in SIDES:
+            for parameter in getattr(built, side).parameters():
+                parameter.mul_(10.0).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
+    return built
+
+
+class ExactForward(TorchFunctionMode):
+    """Convolutions and linear layers compute in the dtype of their input, fp64 here, from their fp32 weights.
+
+    Rounding in fp32 now and then carries a value over a kink (ReLU, L1), and from there two runs drift apart whatever
+    the engines do. In fp64 what remains is the arithmetic under test: reduction, sharding, optimizer.
+    """
+
+    LAYERS = (F.conv2d, F.conv_transpose2d, F.linear)
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.LAYERS:
+            args = [arg.to(args[0].dtype) if isinstance(arg, Tensor) else arg for arg in args]
+        return function(*args, **(kwargs or {}))
+
+
+def images(step: int) -> tuple[Tensor, Tensor]:
+    """Return the global batch of an update, float64 [N, 3, SIZE, SIZE] for each domain."""
+    draw = torch.Generator().manual_seed(100 + step)
+    a = torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1
+    b = (torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1).abs()
+    return a, b
+
+
+def micro_batches(step: int, accumulation: int) -> list[Batch]:
+    """Return this rank's share of an update."""
+    rank, world = rank_and_world()
+    a, b = images(step)
+    per_rank = GLOBAL_BATCH // world
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    positions = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
+    return [
+        Batch(*parts, step * GLOBAL_BATCH)
+        for parts in zip(
+            a[mine].chunk(accumulation), b[mine].chunk(accumulation), positions[mine].chunk(accumulation), strict=True
+        )
+    ]
