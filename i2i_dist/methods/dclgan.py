@@ -70,7 +70,7 @@ class Hyperparameters(Section):
 
 
 class Outputs(NamedTuple):
-    """What the generator's side makes of a batch; without draws only the fakes.
+    """What the generator's side makes of a batch; the fakes alone if no more is asked.
 
     Features are one tensor [N, P, D] for each tapped layer: `keys_a` those of real A, `queries_a` those of fake A.
     """
@@ -97,13 +97,13 @@ class Generators(nn.Module):
         self.head_a, self.head_b = ProjectionHead(channels, config.head_dim), ProjectionHead(channels, config.head_dim)
         initialise(self, "xavier", generator=init)
 
-    def forward(self, batch: Batch, draws: Draws | None) -> Outputs:
-        """Translate both ways; with draws also the identity passes and the features of the patches drawn.
+    def forward(self, batch: Batch, draws: Draws, fakes_only: bool = False) -> Outputs:
+        """Translate both ways; also the identity passes and the features of the patches drawn.
 
         Each generator sees source and identity input in one pass, and the keys are tapped from that pass instead of
         encoding the source again: the norms are per image, so both are exact.
         """
-        if draws is None:
+        if fakes_only:
             fake_b, _ = self.generator_ab(batch.a)
             fake_a, _ = self.generator_ba(batch.b)
             return Outputs(fake_a, fake_b)
