@@ -43,3 +43,7 @@ class Draws(NamedTuple):
         """Draw `min(count, locations)` distinct locations out of `locations`, as int64 `[P]` on the CPU."""
         rng = generator(self.seed, f"patch_ids.{purpose}", self.update_position)
         return torch.from_numpy(rng.choice(locations, size=min(count, locations), replace=False, shuffle=False))
+
+    def coin(self, purpose: str) -> bool:
+        """Return True with probability 1/2."""
+        return bool(generator(self.seed, f"coin.{purpose}", self.update_position).random() < 0.5)

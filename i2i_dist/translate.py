@@ -80,14 +80,19 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     Raises:
         ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
     """
-    if direction not in method.directions:
-        raise ValueError(f"direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
+    _check_direction(method, direction)
     height, width, _ = image.shape
     if min(height, width) < 8:
         raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
     normalised = image.permute(2, 0, 1)[None].float() / 127.5 - 1.0
     padded = F.pad(normalised, (0, -width % 4, 0, -height % 4), mode="reflect")
     return method.translate(padded, direction)[:, :, :height, :width]
+
+
+def _check_direction(method: Method, direction: Direction) -> None:
+    if direction not in method.directions:
+        allowed = " or ".join(method.directions)
+        raise ConfigError(f"direction: given '{direction}', but this checkpoint's method translates {allowed} only")
 
 
 def _pictures(source: Path) -> list[tuple[Path, Path]]:
@@ -154,8 +159,10 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
     """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
 
     Raises:
-        ConfigError: There is no picture, or the results would be among the pictures.
+        ConfigError: The method does not translate that way, there is no picture, or the results would be among the
+            pictures.
     """
+    _check_direction(method, direction)
     pictures = _pictures(source)
     if not pictures:
         raise ConfigError(f"{source}: no picture there; expected an image file, or a folder with some at any depth")
