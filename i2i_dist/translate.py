@@ -20,7 +20,6 @@ from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import BadData
 from i2i_dist.data.decode import FORMATS, decode_image
 from i2i_dist.data.folders import image_paths
-from i2i_dist.engine_state import persistent_buffers
 from i2i_dist.method import Direction, Method
 from i2i_dist.methods import resolve
 from i2i_dist.telemetry.samples import to_uint8
@@ -28,39 +27,28 @@ from i2i_dist.telemetry.samples import to_uint8
 Weights = Literal["ema", "last"]
 
 
-def load_method(path: Path, weights: Weights = "ema") -> Method:
+def load_method(path: Path, weights: Weights = "ema", direction: Direction | None = None) -> Method:
     """Build the method that a checkpoint holds, with its generator's side filled in.
 
     Args:
         path: A checkpoint; or a run directory, or its folder of checkpoints, for the newest one that verifies.
         weights: "ema" for the averaged generators (the weights themselves where the run had no average), "last" for
             the weights as the last update left them.
+        direction: The direction that it will be used for.
 
     Raises:
         CheckpointError: There is no checkpoint at `path`, or it does not verify.
+        ConfigError: The checkpoint has no trained generator for `direction`.
     """
-    if not (path / "manifest.json").exists():
-        inside = path / "checkpoints"
-        found, skipped = checkpoint.newest_verified(inside if inside.is_dir() else path)
-        if found is None:
-            reasons = "".join(f"; {bad.path.name}: {bad.reason}" for bad in skipped)
-            raise CheckpointError(f"{path} is no checkpoint and no run directory with one that verifies{reasons}")
-        path = found
-    else:
-        try:
-            checkpoint.verify(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-    method_class, config = resolve(checkpoint.read_state(path).config["method"])
+    path = checkpoint.find(path)
+    sections = checkpoint.read_state(path).config
+    method_class, config = resolve(sections["method"])
+    # Of the official CycleGAN weights that are published, each file is one generator.
+    directions = sections.get("converted", {}).get("directions", method_class.directions)
+    if direction is not None and direction not in directions:
+        raise ConfigError(f"--direction: given {direction}, allowed with {path} is {' or '.join(directions)}")
     method = method_class(config, torch.Generator().manual_seed(0))
-    source = checkpoint.side_file(path, "generator")
-    shapes = source.shapes()
-    with torch.no_grad():
-        for name, parameter in method.generator.named_parameters():
-            kind = "ema" if weights == "ema" and f"ema/{name}" in shapes else "param"
-            parameter.copy_(source.whole(f"{kind}/{name}"))
-        for name, buffer in persistent_buffers(method.generator).items():
-            buffer.copy_(source.whole(f"buffer/{name}"))
+    checkpoint.fill(path, "generator", method.generator, averaged=weights == "ema")
     method.generator.eval()
     return method
 
@@ -185,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged (default) or last weights")
     options = parser.parse_args(arguments)
     try:
-        method = load_method(options.checkpoint, options.weights)
+        method = load_method(options.checkpoint, options.weights, options.direction)
         return translate_all(method, options.source, options.target, options.direction)
     except (ConfigError, CheckpointError) as error:
         print(f"translate.py: {error}", file=sys.stderr)
