@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from i2i_dist import checkpoint
 from i2i_dist.checkpoint import CheckpointError
@@ -63,7 +62,8 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
         direction: Which way.
 
     Returns:
-        float32 [1, 3, H, W] in [-1, 1]. A side that is not a multiple of 4 is padded by reflection, and cropped back.
+        float32 [1, 3, H, W] in [-1, 1]. A side that is not a multiple of what the method needs is padded by reflection,
+        as often as it takes, and cropped back.
 
     Raises:
         ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
@@ -74,8 +74,15 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     if min(height, width) < 8:
         raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
     normalised = image.permute(2, 0, 1)[None].float() / 127.5 - 1.0
-    padded = F.pad(normalised, (0, -width % 4, 0, -height % 4), mode="reflect")
+    rows, columns = (_reflected(side, method.multiple).to(image.device) for side in (height, width))
+    padded = normalised[:, :, rows][:, :, :, columns]
     return method.translate(padded, direction)[:, :, :height, :width]
+
+
+def _reflected(side: int, multiple: int) -> Tensor:
+    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
+    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
+    return torch.minimum(rows, 2 * side - 2 - rows)
 
 
 def _pictures(source: Path) -> list[tuple[Path, Path]]:
@@ -135,15 +142,18 @@ def _translate_file(method: Method, path: Path, target: Path, direction: Directi
         _save(translated, target, file_format)
     except (OSError, ValueError) as error:
         raise BadData(f"the result cannot be written: {error}") from error
-    return bool(height % 4 or width % 4)
+    return bool(height % method.multiple or width % method.multiple)
 
 
 def translate_all(method: Method, source: Path, target: Path, direction: Direction) -> int:
     """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
 
     Raises:
-        ConfigError: There is no picture, or the results would be among the pictures.
+        ConfigError: There is no picture, or the results would be among the pictures, or the method has no such
+            direction.
     """
+    if direction not in method.directions:
+        raise ConfigError(f"--direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
     pictures = _pictures(source)
     if not pictures:
         raise ConfigError(f"{source}: no picture there; expected an image file, or a folder with some at any depth")
@@ -158,7 +168,9 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
             failed += 1
             print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
     if padded:
-        print(f"{padded} pictures had a side that is no multiple of 4: padded by reflection and cropped back")
+        print(
+            f"{padded} pictures had a side that is no multiple of {method.multiple}: padded by reflection and cropped back"
+        )
     print(f"{len(pictures) - failed} pictures translated into {target}" + (f", {failed} left out" if failed else ""))
     return 1 if failed else 0
 

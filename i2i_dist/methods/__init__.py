@@ -12,8 +12,9 @@ from i2i_dist.config import ConfigError, validate
 from i2i_dist.method import Method
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
+from i2i_dist.methods.pix2pix import Pix2Pix
 
-METHODS: dict[str, type[Method]] = {"cyclegan": CycleGAN, "dclgan": DCLGAN}
+METHODS: dict[str, type[Method]] = {"cyclegan": CycleGAN, "dclgan": DCLGAN, "pix2pix": Pix2Pix}
 
 
 def resolve(section: Mapping[str, Any]) -> tuple[type[Method], BaseModel]:
