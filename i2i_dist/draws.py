@@ -59,3 +59,7 @@ class Draws(NamedTuple):
         """
         rngs = [generator(self.seed, f"dropout.{purpose}", position) for position in positions.tolist()]
         return torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) >= rate for rng in rngs]))
+
+    def coin(self, purpose: str) -> bool:
+        """Return True with probability 1/2."""
+        return bool(generator(self.seed, f"coin.{purpose}", self.update_position).random() < 0.5)

@@ -50,8 +50,9 @@ class Method(Protocol):
     """A paper. No base class: a method's file shows all that happens.
 
     Each side is one module whose only entry is `forward`:
-    `generator(batch, draws) -> Outputs` and `discriminator(CriticInput) -> CriticOutput`, both NamedTuples of the
-    method's own. `generator(batch, None)` makes the fakes alone, for a discriminator's turn without a shared graph.
+    `generator(batch, draws, fakes_only=False) -> Outputs` and `discriminator(CriticInput) -> CriticOutput`. Outputs is
+    a NamedTuple of the method's own; the critics' input and output are one too, or a tensor. With `fakes_only` the
+    generator makes the same fakes and nothing else, for a discriminator's turn without a shared graph.
     """
 
     Config: ClassVar[type[BaseModel]]

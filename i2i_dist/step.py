@@ -62,7 +62,7 @@ def update(
                     made[index] = sides["generator"](batch, draws)
                 # Several graphs at once cost memory and confuse ZeRO 3: there the fakes are made twice.
                 with torch.no_grad():
-                    outputs = made[index] if made[index] is not None else sides["generator"](batch, None)
+                    outputs = made[index] if made[index] is not None else sides["generator"](batch, draws, True)
                 shown = pools.exchange(_detached(method, outputs), batch.positions)
                 terms = method.discriminator_loss(batch, shown, sides["discriminator"], images_seen)
                 sides["discriminator"].backward(torch.stack(list(terms.values())).sum(), last=last)

@@ -44,8 +44,8 @@ def load_method(path: Path, weights: Weights = "ema", direction: Direction | Non
     method_class, config = resolve(sections["method"])
     # Of the official CycleGAN weights that are published, each file is one generator.
     directions = sections.get("converted", {}).get("directions", method_class.directions)
-    if direction is not None and direction not in directions:
-        raise ConfigError(f"--direction: given {direction}, allowed with {path} is {' or '.join(directions)}")
+    if direction in method_class.directions and direction not in directions:
+        raise ConfigError(f"direction: given '{direction}', but {path} holds a generator for {directions[0]} only")
     method = method_class(config, torch.Generator().manual_seed(0))
     checkpoint.fill(path, "generator", method.generator, averaged=weights == "ema")
     method.generator.eval()
@@ -68,8 +68,7 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     Raises:
         ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
     """
-    if direction not in method.directions:
-        raise ValueError(f"direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
+    _check_direction(method, direction)
     height, width, _ = image.shape
     if min(height, width) < 8:
         raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
@@ -83,6 +82,12 @@ def _reflected(side: int, multiple: int) -> Tensor:
     """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
     rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
     return torch.minimum(rows, 2 * side - 2 - rows)
+
+
+def _check_direction(method: Method, direction: Direction) -> None:
+    if direction not in method.directions:
+        allowed = " or ".join(method.directions)
+        raise ConfigError(f"direction: given '{direction}', but this checkpoint's method translates {allowed} only")
 
 
 def _pictures(source: Path) -> list[tuple[Path, Path]]:
@@ -149,11 +154,10 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
     """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
 
     Raises:
-        ConfigError: There is no picture, or the results would be among the pictures, or the method has no such
-            direction.
+        ConfigError: The method does not translate that way, there is no picture, or the results would be among the
+            pictures.
     """
-    if direction not in method.directions:
-        raise ConfigError(f"--direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
+    _check_direction(method, direction)
     pictures = _pictures(source)
     if not pictures:
         raise ConfigError(f"{source}: no picture there; expected an image file, or a folder with some at any depth")

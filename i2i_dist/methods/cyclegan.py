@@ -48,7 +48,7 @@ class Hyperparameters(Section):
 
 
 class Outputs(NamedTuple):
-    """What the generator's side makes of a batch, all [N, 3, H, W]; without draws only the fakes."""
+    """What the generator's side makes of a batch, all [N, 3, H, W]; the fakes alone if no more is asked."""
 
     fake_a: Tensor
     fake_b: Tensor
@@ -68,13 +68,13 @@ class Generators(nn.Module):
         self.generator_ab, self.generator_ba = ResNetGenerator(**size), ResNetGenerator(**size)
         initialise(self, "normal", generator=init)
 
-    def forward(self, batch: Batch, draws: Draws | None) -> Outputs:
-        """Translate both ways; with draws (none are needed here) also there and back, and the identity passes.
+    def forward(self, batch: Batch, draws: Draws, fakes_only: bool = False) -> Outputs:
+        """Translate both ways, there and back, and what must stay as it is; no draws are needed.
 
         What one generator can do at once is one pass: the norms are per image, so this changes nothing.
         """
         images = len(batch.a)
-        if draws is None:
+        if fakes_only:
             fake_b, _ = self.generator_ab(batch.a)
             fake_a, _ = self.generator_ba(batch.b)
             return Outputs(fake_a, fake_b)

@@ -26,11 +26,12 @@ from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
 from i2i_dist.losses.patch_nce import patch_nce
 from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.methods.cut import draw_patches
 from i2i_dist.networks.critics import CriticPair, DomainPair, judge_real_and_fake
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
-from i2i_dist.networks.projection import ProjectionHead, take
-from i2i_dist.networks.resnet import ResNetGenerator, check_tap
+from i2i_dist.networks.projection import ProjectionHead, project
+from i2i_dist.networks.resnet import ResNetGenerator, check_taps
 
 
 class Hyperparameters(Section):
@@ -59,18 +60,15 @@ class Hyperparameters(Section):
 
     @model_validator(mode="after")
     def _layers_exist(self) -> Hyperparameters:
-        for layer in self.nce_layers:
-            try:
-                check_tap(layer, self.blocks)
-            except ValueError as error:
-                raise ValueError(f"nce_layers: {error}") from None
-            if self.nce_layers.count(layer) > 1:
-                raise ValueError(f"nce_layers: '{layer}' stands there more than once; name each layer once")
+        try:
+            check_taps(self.nce_layers, self.blocks)
+        except ValueError as error:
+            raise ValueError(f"nce_layers: {error}") from None
         return self
 
 
 class Outputs(NamedTuple):
-    """What the generator's side makes of a batch; without draws only the fakes.
+    """What the generator's side makes of a batch; the fakes alone if no more is asked.
 
     Features are one tensor [N, P, D] for each tapped layer: `keys_a` those of real A, `queries_a` those of fake A.
     """
@@ -85,8 +83,24 @@ class Outputs(NamedTuple):
     queries_b: tuple[Tensor, ...] = ()
 
 
-class Generators(nn.Module):
-    """The generator's side: G: A -> B, F: B -> A, and the heads H_A, H_B over their encoders."""
+class Passes(NamedTuple):
+    """Both generators' passes over a batch: images, and the feature maps [N, C, h, w] of each tapped layer.
+
+    Domain A is encoded by the generator A -> B, domain B by the generator B -> A.
+    """
+
+    fake_a: Tensor
+    fake_b: Tensor
+    identity_a: Tensor
+    identity_b: Tensor
+    taps_a: tuple[Tensor, ...]
+    taps_b: tuple[Tensor, ...]
+    taps_fake_a: tuple[Tensor, ...]
+    taps_fake_b: tuple[Tensor, ...]
+
+
+class DualGenerators(nn.Module):
+    """G: A -> B, F: B -> A, the heads H_A, H_B over their encoders, and the passes that DCLGAN and SimDCL share."""
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         super().__init__()
@@ -97,36 +111,67 @@ class Generators(nn.Module):
         self.head_a, self.head_b = ProjectionHead(channels, config.head_dim), ProjectionHead(channels, config.head_dim)
         initialise(self, "xavier", generator=init)
 
-    def forward(self, batch: Batch, draws: Draws | None) -> Outputs:
-        """Translate both ways; with draws also the identity passes and the features of the patches drawn.
+    def passes(self, batch: Batch) -> Passes:
+        """Translate both ways, make the identity passes, and encode sources and translations.
 
-        Each generator sees source and identity input in one pass, and the keys are tapped from that pass instead of
-        encoding the source again: the norms are per image, so both are exact.
+        Each generator sees source and identity input in one pass, and the source is tapped there instead of encoded
+        again: the norms are per image, so both are exact.
         """
-        if draws is None:
-            fake_b, _ = self.generator_ab(batch.a)
-            fake_a, _ = self.generator_ba(batch.b)
-            return Outputs(fake_a, fake_b)
         images = len(batch.a)
         out_b, taps_a = self.generator_ab(torch.cat([batch.a, batch.b]), self.layers)
         out_a, taps_b = self.generator_ba(torch.cat([batch.b, batch.a]), self.layers)
         (fake_b, identity_b), (fake_a, identity_a) = out_b.split(images), out_a.split(images)
         _, taps_fake_b = self.generator_ba(fake_b, self.layers, encode_only=True)
         _, taps_fake_a = self.generator_ab(fake_a, self.layers, encode_only=True)
-        ids_ab, ids_ba = self._ids("ab", taps_a, draws), self._ids("ba", taps_b, draws)
-        with torch.no_grad():  # the loss takes no gradient through its keys
-            keys_a = self.head_a([take(tap[:images], ids) for tap, ids in zip(taps_a, ids_ab, strict=True)])
-            keys_b = self.head_b([take(tap[:images], ids) for tap, ids in zip(taps_b, ids_ba, strict=True)])
-        queries_b = self.head_b([take(tap, ids) for tap, ids in zip(taps_fake_b, ids_ab, strict=True)])
-        queries_a = self.head_a([take(tap, ids) for tap, ids in zip(taps_fake_a, ids_ba, strict=True)])
-        return Outputs(fake_a, fake_b, identity_a, identity_b, keys_a, keys_b, queries_a, queries_b)
+        taps_a, taps_b = (tuple(tap[:images] for tap in taps) for taps in (taps_a, taps_b))
+        return Passes(fake_a, fake_b, identity_a, identity_b, taps_a, taps_b, taps_fake_a, taps_fake_b)
 
-    def _ids(self, direction: str, taps: Sequence[Tensor], draws: Draws) -> list[Tensor]:
-        """Draw the patches of one direction: one set of positions per layer, shared by all images of the update."""
-        return [
-            draws.patch_ids(f"{direction}.{layer}", tap[0, 0].numel(), self.patches).to(tap.device)
-            for layer, tap in zip(self.layers, taps, strict=True)
-        ]
+    def contrast(self, passes: Passes, draws: Draws, *, key_gradient: bool) -> Outputs:
+        """Project the patches drawn: translations are queried where the keys of their sources lie.
+
+        PatchNCE takes no gradient through its keys; `key_gradient` is for a method with another use of them.
+        """
+        ids_ab, ids_ba = self.draw_ids("ab", passes.taps_a, draws), self.draw_ids("ba", passes.taps_b, draws)
+        with torch.set_grad_enabled(key_gradient and torch.is_grad_enabled()):
+            keys_a = project(self.head_a, passes.taps_a, ids_ab)
+            keys_b = project(self.head_b, passes.taps_b, ids_ba)
+        queries_b = project(self.head_b, passes.taps_fake_b, ids_ab)
+        queries_a = project(self.head_a, passes.taps_fake_a, ids_ba)
+        return Outputs(*passes[:4], keys_a, keys_b, queries_a, queries_b)
+
+    def draw_ids(self, purpose: str, taps: Sequence[Tensor], draws: Draws) -> list[Tensor]:
+        """Draw patches for one purpose: one set of positions per layer, shared by all images of the update."""
+        return draw_patches(draws, purpose, self.layers, taps, self.patches)
+
+
+class Generators(DualGenerators):
+    """The generator's side."""
+
+    def forward(self, batch: Batch, draws: Draws, fakes_only: bool = False) -> Outputs:
+        """Translate both ways; also the identity passes and the features of the patches drawn."""
+        if fakes_only:
+            return Outputs(self.generator_ba(batch.b)[0], self.generator_ab(batch.a)[0])
+        return self.contrast(self.passes(batch), draws, key_gradient=False)
+
+
+def dual_losses(config: Hyperparameters, batch: Batch, outputs: Outputs, judge: Judge) -> Losses:
+    """Return the adversarial, PatchNCE and identity terms of both directions (paper, equation 8)."""
+    assert outputs.identity_a is not None and outputs.identity_b is not None
+    half = 0.5 if config.halved else 1.0
+    logits = judge(DomainPair(outputs.fake_a, outputs.fake_b))
+
+    def nce(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+        # The released code takes the cosine of rows it has already normalised, which leaves no eps.
+        return patch_nce(queries, keys, temperature=config.temperature, negatives=config.negatives, eps=0.0)
+
+    return {
+        "gan_ab": half * config.lambda_gan * generator_loss(config.adversarial, logits.b),
+        "gan_ba": half * config.lambda_gan * generator_loss(config.adversarial, logits.a),
+        "nce_ab": half * config.lambda_nce * nce(outputs.queries_b, outputs.keys_a),
+        "nce_ba": half * config.lambda_nce * nce(outputs.queries_a, outputs.keys_b),
+        "identity_a": half * config.lambda_identity * l1(outputs.identity_a, batch.a),
+        "identity_b": half * config.lambda_identity * l1(outputs.identity_b, batch.b),
+    }
 
 
 class DCLGAN:
@@ -173,23 +218,7 @@ class DCLGAN:
 
     def generator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
         """Adversarial, PatchNCE and identity terms of both directions (paper, equation 8)."""
-        config = self.config
-        assert outputs.identity_a is not None and outputs.identity_b is not None
-        half = 0.5 if config.halved else 1.0
-        logits = judge(DomainPair(outputs.fake_a, outputs.fake_b))
-
-        def nce(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-            # The released code takes the cosine of rows it has already normalised, which leaves no eps.
-            return patch_nce(queries, keys, temperature=config.temperature, negatives=config.negatives, eps=0.0)
-
-        return {
-            "gan_ab": half * config.lambda_gan * generator_loss(config.adversarial, logits.b),
-            "gan_ba": half * config.lambda_gan * generator_loss(config.adversarial, logits.a),
-            "nce_ab": half * config.lambda_nce * nce(outputs.queries_b, outputs.keys_a),
-            "nce_ba": half * config.lambda_nce * nce(outputs.queries_a, outputs.keys_b),
-            "identity_a": half * config.lambda_identity * l1(outputs.identity_a, batch.a),
-            "identity_b": half * config.lambda_identity * l1(outputs.identity_b, batch.b),
-        }
+        return dual_losses(self.config, batch, outputs, judge)
 
     def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
         """Half the sum of the real and the fake term, for each critic."""

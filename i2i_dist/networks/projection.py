@@ -40,7 +40,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, channels: Sequence[int], dim: int = 256) -> None:
         super().__init__()
         self.heads = nn.ModuleList(
-            nn.Sequential(_ExactLinear(c, dim), nn.ReLU(inplace=True), _ExactLinear(dim, dim)) for c in channels
+            nn.Sequential(ExactLinear(c, dim), nn.ReLU(inplace=True), ExactLinear(dim, dim)) for c in channels
         )
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -63,7 +63,13 @@ class ProjectionHead(nn.Module):
         return tuple(head(x) for head, x in zip(self.heads, features, strict=True))
 
 
-class _ExactLinear(nn.Linear):
+def project(head: ProjectionHead, features: Sequence[Tensor], ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Sample each feature map `[N, C_l, H, W]` at its own ids `[P_l]`, and project: for each `[N, P_l, dim]`."""
+    projected: tuple[Tensor, ...] = head([take(x, places) for x, places in zip(features, ids, strict=True)])
+    return projected
+
+
+class ExactLinear(nn.Linear):
     """A linear layer that computes in fp32 or better, under autocast and with low-precision weights too."""
 
     def forward(self, x: Tensor) -> Tensor:

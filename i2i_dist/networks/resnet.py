@@ -34,6 +34,18 @@ def check_tap(name: str, blocks: int) -> None:
     )
 
 
+def check_taps(names: Sequence[str], blocks: int) -> None:
+    """Refuse names of feature maps that a generator with `blocks` residual blocks does not have, and repeated ones.
+
+    Raises:
+        ValueError: One of the names cannot be used; the message says which, and why.
+    """
+    for name in names:
+        check_tap(name, blocks)
+        if names.count(name) > 1:
+            raise ValueError(f"'{name}' stands there more than once; name each layer once")
+
+
 class ResNetGenerator(nn.Module):
     """Image to image of the same size: 7x7 stem, two halvings, residual blocks, two doublings, 7x7 conv, tanh.
 

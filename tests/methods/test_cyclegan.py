@@ -113,7 +113,7 @@ def test_shared_passes_give_what_separate_ones_give(images: int) -> None:
 
 def test_critics_see_both_in_one_pass() -> None:
     method, given = build(), batch(2)
-    fakes = method.generator(given, None)
+    fakes = method.generator(given, DRAWS, True)
     shown = Outputs(fakes.fake_a.detach(), fakes.fake_b.detach())
     official = official_critic_terms(method, given, *shown[:2])
     terms = method.discriminator_loss(given, shown, method.discriminator, 0)
@@ -123,7 +123,7 @@ def test_critics_see_both_in_one_pass() -> None:
 
 def test_fakes_alone_are_the_same_fakes() -> None:
     method, given = build(), batch(2)
-    alone, full = method.generator(given, None), method.generator(given, DRAWS)
+    alone, full = method.generator(given, DRAWS, True), method.generator(given, DRAWS)
     assert_same({"a": alone.fake_a, "b": alone.fake_b}, {"a": full.fake_a, "b": full.fake_b}, 1e-12)
     assert alone[2:] == (None,) * 4
 
@@ -198,7 +198,7 @@ def test_critics_are_shown_what_the_pool_returns(name: str) -> None:
         getattr(method, side).double()
     given, pool = batch(2), OtherImages()
     sides: Any = {side: PlainSide(getattr(method, side)) for side in SIDES}
-    fakes = method.generator(given, None)
+    fakes = method.generator(given, DRAWS, True)
     step = update(method, sides, lambda _: [given], pool, seed=3, number=0, images_seen=0)  # type: ignore[arg-type]
     assert all(side.stepped for side in sides.values())
     assert step.skipped == ()

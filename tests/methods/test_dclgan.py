@@ -146,7 +146,7 @@ def test_shared_passes_give_what_separate_ones_give(images: int) -> None:
 
 def test_critics_see_both_in_one_pass() -> None:
     method, given = build(), batch(2)
-    fakes = method.generator(given, None)
+    fakes = method.generator(given, DRAWS, True)
     shown = Outputs(fakes.fake_a.detach(), fakes.fake_b.detach())
     d = method.discriminator
     official = {
@@ -163,7 +163,7 @@ def test_critics_see_both_in_one_pass() -> None:
 
 def test_fakes_alone_are_the_same_fakes() -> None:
     method, given = build(), batch(2)
-    alone, full = method.generator(given, None), method.generator(given, DRAWS)
+    alone, full = method.generator(given, DRAWS, True), method.generator(given, DRAWS)
     assert_same({"a": alone.fake_a, "b": alone.fake_b}, {"a": full.fake_a, "b": full.fake_b}, 1e-12)
     assert alone.identity_a is None
     assert alone.queries_a == ()
@@ -176,8 +176,8 @@ def test_weights_stand_at_their_terms() -> None:
     weighted = changed.generator_loss(given, changed.generator(given, DRAWS), changed.discriminator, 0)
     factors = {"gan": 2 * 3.0, "nce": 2 * 5.0 / 2.0, "identity": 2 * 7.0}
     assert_same(weighted, {name: factors[name.partition("_")[0]] * term for name, term in terms.items()})
-    critics = changed.discriminator_loss(given, plain.generator(given, None), changed.discriminator, 0)
-    assert_same(critics, plain.discriminator_loss(given, plain.generator(given, None), plain.discriminator, 0))
+    critics = changed.discriminator_loss(given, plain.generator(given, DRAWS, True), changed.discriminator, 0)
+    assert_same(critics, plain.discriminator_loss(given, plain.generator(given, DRAWS, True), plain.discriminator, 0))
 
 
 def test_temperature_reaches_the_loss() -> None:
