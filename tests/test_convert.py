@@ -74,8 +74,8 @@ def converted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, File
     return request.param, files, tmp_path / "run"
 
 
-def test_every_method_is_converted() -> None:
-    assert official.NETWORKS.keys() == TABLES.keys() == METHODS.keys()
+def test_the_tables_cover_every_method_that_is_converted() -> None:
+    assert official.NETWORKS.keys() == TABLES.keys() <= METHODS.keys()
     assert all(official.NETWORKS[method].keys() == TABLES[method].keys() for method in TABLES)
 
 
