@@ -172,9 +172,8 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
             failed += 1
             print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
     if padded:
-        print(
-            f"{padded} pictures had a side that is no multiple of {method.multiple}: padded by reflection and cropped back"
-        )
+        needed = method.multiple
+        print(f"{padded} pictures had a side that is no multiple of {needed}: padded by reflection and cropped back")
     print(f"{len(pictures) - failed} pictures translated into {target}" + (f", {failed} left out" if failed else ""))
     return 1 if failed else 0
 

@@ -74,7 +74,7 @@ class BatchNorm(nn.Module):
             mean, unbiased = torch.zeros_like(weight), torch.ones_like(weight)
             normalised = F.batch_norm(x, mean, unbiased, weight, bias, training=True, momentum=1.0, eps=self.eps)
         else:
-            normalised, mean, variance = _GlobalBatchNorm.apply(x, weight, bias, self.eps)
+            normalised, mean, variance = _GlobalBatchNorm.apply(x, weight, bias, self.eps)  # type: ignore[no-untyped-call]
             unbiased = variance * (values / (values - 1))
         self._remember(mean, unbiased)
         return normalised

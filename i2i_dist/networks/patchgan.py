@@ -17,7 +17,7 @@ class PatchGAN(nn.Module):
 
     `layers` halving stages are followed by one at stride 1 and by the conv to logits. With `antialias` a stage is a
     conv at stride 1 and a fixed blur (receptive field 84 x 84 for 3 layers); without, the conv has stride 2 (70 x 70).
-    Either has 2,764,737 parameters at the defaults; that of pix2pix, for pairs of images and with batch norm, 2,768,705.
+    Either has 2,764,737 parameters at the defaults; with 6 channels and batch norm, as in pix2pix, 2,768,705.
 
     Args:
         in_channels: Channels of the image (6 for a pair of RGB images).

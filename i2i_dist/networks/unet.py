@@ -26,7 +26,7 @@ class UNetGenerator(nn.Module):
         downs: Number of halvings, at least 2.
         dropout: Share of the values that dropout sets to 0.
 
-    Source: Isola et al. 2017, section 3.2.1 and appendix 6.1.1; number and places of the layers as in the authors' code.
+    Source: Isola et al. 2017, section 3.2.1 and appendix 6.1.1; the layers are those of the authors' PyTorch code.
     """
 
     def __init__(
