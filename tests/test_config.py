@@ -233,8 +233,8 @@ def test_presets_resolve_and_what_is_written_wins(name: str) -> None:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ({}, "method.name: given nothing, allowed is one of cyclegan, dclgan"),
-        ({"name": "dclgun"}, "method.name: given 'dclgun', allowed is one of cyclegan, dclgan; did you mean 'dclgan'?"),
+        ({}, "method.name: given nothing, allowed is one of " + ", ".join(sorted(METHODS))),
+        ({"name": "dclgun"}, f"'dclgun', allowed is one of {', '.join(sorted(METHODS))}; did you mean 'dclgan'?"),
         ({"name": ["dclgan"]}, "method.name: given ['dclgan'], allowed is one of"),
         (
             {"name": "dclgan", "preset": "papr"},

@@ -65,6 +65,14 @@ def test_seed_purpose_and_position_all_matter() -> None:
     assert len(set(drawn)) == len(drawn) == 18
 
 
+def test_a_coin_is_fair_and_belongs_to_an_update() -> None:
+    faces = [Draws(3, position).coin("flip") for position in range(2000)]
+    assert abs(sum(faces) / 2000 - 0.5) < 0.05  # more than 4 standard deviations
+    assert faces == [Draws(3, position).coin("flip") for position in range(2000)]
+    assert faces != [Draws(4, position).coin("flip") for position in range(2000)]
+    assert faces != [Draws(3, position).coin("other") for position in range(2000)]
+
+
 def test_keys_do_not_run_together() -> None:
     keys: list[tuple[int, str, tuple[int, ...]]] = [
         (1, "a", (2, 3)), (1, "a", (23,)), (1, "a", (2, 3, 0)), (12, "a", (3,)), (1, "a, 2", (3,)), (1, "a", ()),

@@ -12,6 +12,7 @@ from PIL import Image
 from i2i_dist import checkpoint
 from i2i_dist import translate as translate_module
 from i2i_dist.checkpoint import CheckpointError, State
+from i2i_dist.config import ConfigError
 from i2i_dist.data.decode import decode_image
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.ema import Ema
@@ -83,6 +84,17 @@ def test_directions_differ(run: Path) -> None:
         translate(method, image, "sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 8"):
         translate(method, image[:4], "a_to_b")
+
+
+def test_a_direction_that_was_never_learned_is_refused_before_a_picture_is_read(tmp_path: Path) -> None:
+    method_class, config = resolve({"name": "cut", "width": 4, "blocks": 1, "critic_width": 4, "nce_layers": ["rgb"]})
+    method = method_class(config, torch.Generator().manual_seed(0))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="given 'b_to_a', but this checkpoint's method translates a_to_b only"):
+        translate_module.translate_all(method, tmp_path / "in", tmp_path / "out", "b_to_a")
+    with pytest.raises(ValueError, match="translates a_to_b only"):
+        translate(method, torch.zeros(32, 32, 3, dtype=torch.uint8), "b_to_a")
 
 
 def test_a_folder_keeps_its_names_and_kinds(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

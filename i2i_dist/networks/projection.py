@@ -73,6 +73,7 @@ class ExactLinear(nn.Linear):
     """A linear layer that computes in fp32 or better, under autocast and with low-precision weights too."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` `[..., in_features]` to `[..., out_features]`, fp32 (fp64 if either `x` or the weights are)."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
