@@ -98,7 +98,11 @@ def from_official(name: str, source: Path, target: Path, epoch: str = "latest") 
         reason = checkpoint.write(run / "checkpoints", state, captured, ImagePools((), 0, 0), keep=1)
         if reason:
             raise CheckpointError(f"{target} cannot be written: {reason}")
-    return Converted(tuple(files), absent, tuple(_notes(name, config, matches)))
+    notes = list(_notes(name, config, matches))
+    read = {path.name for path in files.values()}
+    if others := [path for path in _there(source) if path.startswith(f"{epoch}_net_") and path not in read]:
+        notes.append(f"not read, since {name} has no such network: {_list(others)}")
+    return Converted(tuple(files), absent, tuple(notes))
 
 
 def _notes(name: str, config: Any, matches: Mapping[str, _Match]) -> Iterator[str]:
@@ -125,9 +129,13 @@ def _files(name: str, source: Path, epoch: str) -> dict[str, Path]:
             return {key: path} | files
     if not files.keys() & set(generators):
         wanted = " or ".join(f"{epoch}_net_{key}.pth" for key in generators)
-        there = sorted(path.name for path in source.glob("*_net_*.pth"))
-        raise ConfigError(f"{source} has no {wanted}, the generator of {name}; such files there: {_list(there)}")
+        there = _list(_there(source))
+        raise ConfigError(f"{source} has no {wanted}, the generator of {name}; such files there: {there}")
     return files
+
+
+def _there(source: Path) -> list[str]:
+    return sorted(path.name for path in source.glob("*_net_*.pth"))
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -267,7 +275,7 @@ def _names(method: Method, config: BaseModel, network: Network) -> Names:
 
 def _list(words: Sequence[str]) -> str:
     more = f", ... ({len(words)} in all)" if len(words) > _NAMED else ""
-    return (", ".join(words[:_NAMED]) or "none") + more
+    return (", ".join(word if word.isprintable() else repr(word) for word in words[:_NAMED]) or "none") + more
 
 
 def _shape(tensor: Tensor) -> str:

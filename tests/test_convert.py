@@ -351,6 +351,14 @@ def test_the_layers_of_heads_are_told(tmp_path: Path) -> None:
     )
 
 
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    source = write(official_files("simdcl"), tmp_path / "official")
+    (source / "100_net_F3.pth").write_bytes(b"of another epoch")
+    notes = from_official("dclgan", source, tmp_path / "run").notes
+    names = ", ".join(f"latest_net_F{number}.pth" for number in (3, 4, 5, 6))
+    assert notes[-1] == f"not read, since dclgan has no such network: {names}"
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -380,6 +388,7 @@ def with_tensor(key: str, tensor: Tensor) -> Callable[[State], None]:
         ("dclgan", "G_A", without("model.7.filt"), "missing: model.7.filt\n"),
         ("dclgan", "F2", without("mlp_3.2.bias"), "latest_net_F2.pth is not this network; missing: mlp_3.2.bias\n"),
         ("dclgan", "D_A", with_tensor("model.17.bias", torch.zeros(3)), "left over: model.17.bias\n"),
+        ("dclgan", "D_A", with_tensor("model\r.1", torch.zeros(3)), "left over: 'model\\r.1'\n"),
         ("dclgan", "F1", with_tensor("mlp_4.0.weight", torch.zeros(3)), "left over: mlp_4.0.weight\n"),
         ("dclgan", "G_A", with_tensor("model.3.running_mean", torch.zeros(3)), "left over: model.3.running_mean\n"),
         ("dclgan", "G_A", with_tensor("model.4.weight", torch.zeros(3)),
