@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from i2i_dist import checkpoint
 from i2i_dist import translate as translate_module
@@ -72,6 +73,16 @@ def test_any_size_comes_out_as_it_went_in(run: Path, height: int, width: int) ->
         with torch.no_grad():
             plain = method.generator.generator_ab(image.permute(2, 0, 1)[None] / 127.5 - 1)[0]
         assert torch.allclose(output, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "multiple"), [(9, 4), (8, 4), (13, 16), (8, 256), (300, 256)])
+def test_padding_reflects_as_often_as_it_takes(side: int, multiple: int) -> None:
+    rows = translate_module._reflected(side, multiple)
+    assert len(rows) % multiple == 0 and 0 <= len(rows) - side < multiple
+    expected = torch.arange(side, dtype=torch.float32)[None, None]
+    while (missing := len(rows) - expected.size(2)) > 0:
+        expected = F.pad(expected, (0, min(missing, expected.size(2) - 1)), mode="reflect")
+    assert rows.tolist() == expected[0, 0].int().tolist()
 
 
 def test_directions_differ(run: Path) -> None:
