@@ -64,6 +64,12 @@ def load_method(path: Path, weights: Weights = "ema") -> Method:
     return method
 
 
+def _reflected(side: int, multiple: int) -> Tensor:
+    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
+    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
+    return torch.minimum(rows, 2 * side - 2 - rows)
+
+
 @torch.no_grad()
 def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     """Translate one image of any size.
@@ -80,8 +86,7 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     Raises:
         ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
     """
-    if direction not in method.directions:
-        raise ValueError(f"direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
+    _check_direction(method, direction)
     height, width, _ = image.shape
     if min(height, width) < 8:
         raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
@@ -91,10 +96,10 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     return method.translate(padded, direction)[:, :, :height, :width]
 
 
-def _reflected(side: int, multiple: int) -> Tensor:
-    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
-    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
-    return torch.minimum(rows, 2 * side - 2 - rows)
+def _check_direction(method: Method, direction: Direction) -> None:
+    if direction not in method.directions:
+        allowed = " or ".join(method.directions)
+        raise ConfigError(f"direction: given '{direction}', but this checkpoint's method translates {allowed} only")
 
 
 def _pictures(source: Path) -> list[tuple[Path, Path]]:
@@ -161,11 +166,10 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
     """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
 
     Raises:
-        ConfigError: There is no picture, or the results would be among the pictures, or the method has no such
-            direction.
+        ConfigError: The method does not translate that way, there is no picture, or the results would be among the
+            pictures.
     """
-    if direction not in method.directions:
-        raise ConfigError(f"--direction: given '{direction}', allowed is one of {', '.join(method.directions)}")
+    _check_direction(method, direction)
     pictures = _pictures(source)
     if not pictures:
         raise ConfigError(f"{source}: no picture there; expected an image file, or a folder with some at any depth")
