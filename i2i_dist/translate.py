@@ -52,6 +52,12 @@ def load_method(path: Path, weights: Weights = "ema", direction: Direction | Non
     return method
 
 
+def _reflected(side: int, multiple: int) -> Tensor:
+    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
+    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
+    return torch.minimum(rows, 2 * side - 2 - rows)
+
+
 @torch.no_grad()
 def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     """Translate one image of any size.
@@ -76,12 +82,6 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     rows, columns = (_reflected(side, method.multiple).to(image.device) for side in (height, width))
     padded = normalised[:, :, rows][:, :, :, columns]
     return method.translate(padded, direction)[:, :, :height, :width]
-
-
-def _reflected(side: int, multiple: int) -> Tensor:
-    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
-    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
-    return torch.minimum(rows, 2 * side - 2 - rows)
 
 
 def _check_direction(method: Method, direction: Direction) -> None:

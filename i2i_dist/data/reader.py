@@ -59,7 +59,8 @@ class Reader:
 
         Returns:
             The micro-batch, a pure function of the data set, the seed and the arguments. A sample that cannot be used
-            is replaced by another one of its domain, drawn from (seed, position, attempt), and listed in `bad`.
+            is replaced by another one of its domain, a pair by another pair, drawn from (seed, position, attempt), and
+            listed in `bad`.
 
         Raises:
             ValueError: `MAX_ATTEMPTS` samples in a row could not be used.

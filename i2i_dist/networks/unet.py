@@ -14,10 +14,10 @@ from i2i_dist.networks.batch_norm import BatchNorm, Statistics
 class UNetGenerator(nn.Module):
     """Image to image of the same size: 4x4 convolutions that halve, as many that double, and a skip at every size.
 
-    Batch norm follows every convolution but the outermost and the innermost that halves, and those convolutions have no
-    bias; of all, only the one that makes the image has. Dropout follows the norms of the doubling stages that have
-    `8 * width` channels on both sides, but for the innermost: three with 8 halvings, two with 7. At the defaults there
-    are 54,413,955 parameters (U-Net-256), with 7 halvings 41,828,995 (U-Net-128).
+    Batch norm follows every convolution but the first, the innermost that halves, and the one that makes the image,
+    which alone has a bias. Dropout follows the norms of the doubling stages that have `8 * width` channels on both
+    sides, but for the innermost: three with 8 halvings, two with 7. At the defaults there are 54,413,955 parameters
+    (U-Net-256), with 7 halvings 41,828,995 (U-Net-128).
 
     Args:
         in_channels: Channels of the input image.

@@ -19,7 +19,7 @@ from i2i_dist.engines import Layout
 from i2i_dist.method import SIDES, Turn
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.methods.pix2pix import CriticInput, Outputs
-from i2i_dist.translate import translate
+from i2i_dist.translate import translate, translate_all
 from tests.data.builders import write_folder
 from tests.networks import plain
 from tests.ranks import run_ranks
@@ -207,6 +207,11 @@ def test_pictures_of_any_size(height: int, width: int) -> None:
     pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert method.multiple == 64
     assert translate(method, pixels, "a_to_b").shape == (1, 3, height, width)
+
+
+def test_there_is_no_way_back(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="given 'b_to_a', but this checkpoint's method translates a_to_b only"):
+        translate_all(build(), tmp_path, tmp_path / "out", "b_to_a")
 
 
 def run_config(**data: int) -> RunConfig:
