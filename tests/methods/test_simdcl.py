@@ -252,12 +252,14 @@ def test_mapping_networks_start_small_and_stay_exact_under_autocast() -> None:
     for name in MAPPINGS:
         network = getattr(method.generator, name)
         for layer, fans in ((network.conv, 27 + 64 * 9), (network.hidden, 128), (network.to_vector, 128)):
-            assert layer.weight.std().item() == pytest.approx(0.02 * math.sqrt(2 / fans), rel=0.1)
+            assert layer.weight.detach().std().item() == pytest.approx(0.02 * math.sqrt(2 / fans), rel=0.1)
             assert not layer.bias.any()
     rows = [torch.randn(2, 24, 16) for _ in LAYERS]
-    plain_vectors = method.generator.mapping_real_a(rows)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(method.generator.mapping_real_a(rows), plain_vectors)
+        vectors = method.generator.mapping_real_a(rows)
+    exact = method.generator.mapping_real_a.double()([layer.double() for layer in rows])
+    assert vectors.dtype == torch.float32
+    assert float((vectors - exact).detach().abs().max()) < 1e-5 * float(exact.detach().abs().max())
 
 
 def test_every_parameter_is_in_one_group() -> None:
