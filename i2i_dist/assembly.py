@@ -18,7 +18,8 @@ from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError, RunConfig
 from i2i_dist.data.folders import open_source
 from i2i_dist.data.index import Source
-from i2i_dist.data.reader import UnpairedReader
+from i2i_dist.data.pairs import paired
+from i2i_dist.data.reader import Reader
 from i2i_dist.data.transforms import Transform
 from i2i_dist.distributed import Ranks, from_first_rank, gather_texts
 from i2i_dist.ema import Ema
@@ -64,7 +65,7 @@ class Run(NamedTuple):
     schedule: LinearDecay
     target: int
     start: State
-    reader: UnpairedReader
+    reader: Reader
     method: Method
     sides: Sides
     ema: Ema
@@ -87,7 +88,8 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     """
     config, seed = settings.config, settings.config.train.seed
     root = Path(config.data.root)
-    sources = _open(root)
+    pairs = "paired" in settings.method_class.streams
+    sources = _open(root, pairs)
     schedule = _schedule(config, sources)
     precision = on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
     layout = _layout(config, ranks.world, precision)
@@ -98,6 +100,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     init = torch.Generator()
     method = settings.method_class(settings.method_config, init.manual_seed(seed))
     replica = settings.method_class(settings.method_config, init.manual_seed(seed)) if ranks.rank == 0 else None
+    _check_fits(config, method, layout)
     sides = _engines(config, method, layout, device)
     ema = Ema(sides["generator"], config.train.ema_half_life_images)
     pools = ImagePools(method.fakes, method.pool_size, seed)
@@ -119,7 +122,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         schedule=schedule,
         target=-(-schedule.total_images // config.train.global_batch) * config.train.global_batch,
         start=start,
-        reader=UnpairedReader(sources, seed=seed, transform=transform),
+        reader=Reader(sources, seed=seed, transform=transform, paired=pairs),
         method=method,
         sides=sides,
         ema=ema,
@@ -163,9 +166,14 @@ def _check_ops(device: torch.device) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _open(root: Path) -> dict[str, Source]:
-    """Open both domains, and make sure that every rank sees the same images."""
-    sources = on_every_rank(lambda: {domain: open_source(root, f"train{domain.upper()}") for domain in ("a", "b")})
+def _open(root: Path, pairs: bool) -> dict[str, Source]:
+    """Open both domains, of `pairs` in the same order, and make sure that every rank sees the same images."""
+
+    def here() -> dict[str, Source]:
+        a, b = (open_source(root, f"train{side}") for side in "AB")
+        return {"a": a, "b": paired(a, b) if pairs else b}
+
+    sources = on_every_rank(here)
     seen = gather_texts(json.dumps([[source.fingerprint, sum(source.counts)] for source in sources.values()]))
     for rank, text in enumerate(seen):
         if text != seen[0]:
@@ -205,12 +213,25 @@ def _layout(config: RunConfig, world: int, precision: engines.Precision) -> Layo
     return Layout(micro, share // micro, world, clipping=clipping, precision=precision)
 
 
-def _engines(config: RunConfig, method: Method, layout: Layout, device: torch.device) -> Sides:
+def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
+    """Refuse what the method cannot train with."""
     if method.couples_batch and layout.accumulation > 1:
         raise ConfigError(
             f"train.micro_batch: given {layout.micro_batch}, but with this method's settings a sample's loss depends "
             "on the whole global batch, which then is not in one pass; leave train.micro_batch out"
         )
+    crop, load, multiple = config.data.crop_size, config.data.load_size, method.multiple
+    if crop % multiple:
+        fits = max(1, crop // multiple) * multiple
+        raise ConfigError(
+            f"data.crop_size: given {crop}, allowed with the networks of this method is a multiple of {multiple}; for "
+            f"example --set data.crop_size={fits}"
+            + (f" --set data.load_size={fits}" if fits > load else "")
+            + (", or fewer halvings: --set method.downs=N asks for multiples of 2 ** N" if multiple > 4 else "")
+        )
+
+
+def _engines(config: RunConfig, method: Method, layout: Layout, device: torch.device) -> Sides:
     groups = method.parameter_groups()
     stages = {"generator": config.engine.generator_stage, "discriminator": config.engine.discriminator_stage}
     return {

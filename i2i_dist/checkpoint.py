@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from i2i_dist import canonical, engine_state
 from i2i_dist.canonical import CanonicalFile
 from i2i_dist.distributed import barrier, from_first_rank, gather_texts, rank_and_world
 from i2i_dist.ema import Ema
 from i2i_dist.engine_state import Captured
-from i2i_dist.method import SIDES
+from i2i_dist.method import SIDES, Side
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides
 
@@ -60,7 +61,8 @@ class State(NamedTuple):
         images_seen: The clock of everything.
         updates: Updates attempted so far.
         world: Ranks that wrote the checkpoint.
-        config: The whole resolved configuration, the method's section included.
+        config: The whole resolved configuration, the method's section included. Where the weights were converted from
+            the official files, the method's section, and a section `converted` that says what they held.
         dataset: Domain -> fingerprint.
     """
 
@@ -86,12 +88,17 @@ def save(directory: Path, state: State, sides: Sides, ema: Ema, pools: ImagePool
         None, or the reason why it is not safely on the disk; the checkpoints before are then untouched and training can
         go on.
     """
-    rank, _ = rank_and_world()
-    target = directory / directory_name(state.images_seen)
-    writing = directory / from_first_rank(f".writing-{target.name}-{uuid.uuid4().hex[:8]}")
     captured: dict[str, Captured] = {
         side: engine_state.capture(sides[side], ema.averages if side == "generator" else {}) for side in SIDES
     }  # fmt: skip
+    return write(directory, state, captured, pools, keep)
+
+
+def write(directory: Path, state: State, captured: Mapping[str, Captured], pools: ImagePools, keep: int) -> str | None:
+    """Do what `save` does, with the state of each side as it was captured, from an engine or a plain module."""
+    rank, _ = rank_and_world()
+    target = directory / directory_name(state.images_seen)
+    writing = directory / from_first_rank(f".writing-{target.name}-{uuid.uuid4().hex[:8]}")
     phases: list[Callable[[], None]] = [
         lambda: _create(writing, captured) if rank == 0 else None,
         lambda: _write_share(writing, captured, pools),
@@ -229,6 +236,29 @@ def _newest_first(directory: Path) -> list[Path]:
     return sorted(ours, key=lambda path: path.name, reverse=True)
 
 
+def find(path: Path) -> Path:
+    """Return the checkpoint that a person means by `path`, verified.
+
+    Args:
+        path: A checkpoint; or a run directory, or its folder of checkpoints, for the newest one that verifies.
+
+    Raises:
+        CheckpointError: There is no checkpoint at `path`, or it does not verify.
+    """
+    if (path / "manifest.json").exists():
+        try:
+            verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return path
+    inside = path / "checkpoints"
+    found, skipped = newest_verified(inside if inside.is_dir() else path)
+    if found is None:
+        reasons = "".join(f"; {bad.path.name}: {bad.reason}" for bad in skipped)
+        raise CheckpointError(f"{path} is no checkpoint and no run directory with one that verifies{reasons}")
+    return found
+
+
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
@@ -319,6 +349,21 @@ def restore(path: Path, sides: Sides, ema: Ema, pools: ImagePools, device: torch
             )
     barrier()
     return state
+
+
+@torch.no_grad()
+def fill(path: Path, side: Side, module: nn.Module, averaged: bool) -> None:
+    """Set a side that no engine holds, built with the checkpoint's configuration, to what a verified checkpoint holds.
+
+    With `averaged` it takes the averages, where the checkpoint has them, in place of the weights.
+    """
+    source = side_file(path, side)
+    shapes = source.shapes()
+    for name, parameter in module.named_parameters():
+        kind = "ema" if averaged and f"ema/{name}" in shapes else "param"
+        parameter.copy_(source.whole(f"{kind}/{name}"))
+    for name, buffer in engine_state.persistent_buffers(module).items():
+        buffer.copy_(source.whole(f"buffer/{name}"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], sections: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ the same purpose at the same position gets the same numbers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,21 @@ class Draws(NamedTuple):
         """Draw `min(count, locations)` distinct locations out of `locations`, as int64 `[P]` on the CPU."""
         rng = generator(self.seed, f"patch_ids.{purpose}", self.update_position)
         return torch.from_numpy(rng.choice(locations, size=min(count, locations), replace=False, shuffle=False))
+
+    def kept(self, purpose: str, positions: Tensor, shape: Sequence[int], rate: float) -> Tensor:
+        """Draw what dropout keeps of one value of each sample: everything with probability `1 - rate`, independently.
+
+        Args:
+            purpose: Name of the place in the network.
+            positions: int64 `[N]`, the global positions of the samples; each has a mask of its own.
+            shape: Shape of a sample's value.
+            rate: Share that is dropped.
+
+        Returns:
+            bool `[N, *shape]` on the CPU, so that every device drops the same.
+        """
+        rngs = [generator(self.seed, f"dropout.{purpose}", position) for position in positions.tolist()]
+        return torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) >= rate for rng in rngs]))
 
     def coin(self, purpose: str) -> bool:
         """Return True with probability 1/2."""

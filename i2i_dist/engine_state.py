@@ -143,6 +143,14 @@ def capture(side: SideEngine, averages: Mapping[str, Tensor]) -> Captured:
     return captured
 
 
+def capture_module(module: nn.Module) -> Captured:
+    """Return the state of a side that no engine holds: its weights and buffers, and no optimizer has seen them."""
+    whole = {f"param/{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    whole |= {f"buffer/{name}": buffer for name, buffer in persistent_buffers(module).items()}
+    tensors = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in whole.items()}
+    return Captured(tensors, {}, {key: Piece(0, tensor.reshape(-1)) for key, tensor in whole.items()})
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that belong to a module's state, without fixed filters and the like."""
     names = module.state_dict().keys()

@@ -58,7 +58,7 @@ class Method(Protocol):
     Config: ClassVar[type[BaseModel]]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]  # preset -> values that differ from Config's defaults
     ARCHITECTURE: ClassVar[tuple[str, ...]]  # keys of Config that decide which parameters there are
-    streams: ClassVar[tuple[str, ...]]
+    streams: ClassVar[tuple[str, ...]]  # "unpaired": two domains on their own; "paired": pictures of the same name
     directions: ClassVar[tuple[Direction, ...]]
 
     def __init__(self, config: Any, init: torch.Generator) -> None:
@@ -81,6 +81,10 @@ class Method(Protocol):
         """Whether a sample's loss depends on the other samples of the global batch, which then must be one pass."""
 
     @property
+    def multiple(self) -> int:
+        """What height and width of every picture must be a multiple of."""
+
+    @property
     def fakes(self) -> tuple[str, ...]:
         """The fields of Outputs that the discriminator sees, detached and by way of the pool; the rest has defaults."""
 
@@ -97,4 +101,4 @@ class Method(Protocol):
         """What the discriminator's side minimises; `outputs` holds only the fakes, detached, from the pool."""
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
-        """Translate float images [N, 3, H, W] in [-1, 1], H and W divisible by 4."""
+        """Translate float images [N, 3, H, W] in [-1, 1], H and W divisible by `multiple`, each as if it were alone."""

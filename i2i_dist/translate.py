@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from i2i_dist import checkpoint
 from i2i_dist.checkpoint import CheckpointError
@@ -20,7 +19,6 @@ from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import BadData
 from i2i_dist.data.decode import FORMATS, decode_image
 from i2i_dist.data.folders import image_paths
-from i2i_dist.engine_state import persistent_buffers
 from i2i_dist.method import Direction, Method
 from i2i_dist.methods import resolve
 from i2i_dist.telemetry.samples import to_uint8
@@ -28,41 +26,36 @@ from i2i_dist.telemetry.samples import to_uint8
 Weights = Literal["ema", "last"]
 
 
-def load_method(path: Path, weights: Weights = "ema") -> Method:
+def load_method(path: Path, weights: Weights = "ema", direction: Direction | None = None) -> Method:
     """Build the method that a checkpoint holds, with its generator's side filled in.
 
     Args:
         path: A checkpoint; or a run directory, or its folder of checkpoints, for the newest one that verifies.
         weights: "ema" for the averaged generators (the weights themselves where the run had no average), "last" for
             the weights as the last update left them.
+        direction: The direction that it will be used for.
 
     Raises:
         CheckpointError: There is no checkpoint at `path`, or it does not verify.
+        ConfigError: The checkpoint has no trained generator for `direction`.
     """
-    if not (path / "manifest.json").exists():
-        inside = path / "checkpoints"
-        found, skipped = checkpoint.newest_verified(inside if inside.is_dir() else path)
-        if found is None:
-            reasons = "".join(f"; {bad.path.name}: {bad.reason}" for bad in skipped)
-            raise CheckpointError(f"{path} is no checkpoint and no run directory with one that verifies{reasons}")
-        path = found
-    else:
-        try:
-            checkpoint.verify(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-    method_class, config = resolve(checkpoint.read_state(path).config["method"])
+    path = checkpoint.find(path)
+    sections = checkpoint.read_state(path).config
+    method_class, config = resolve(sections["method"])
+    # Of the official CycleGAN weights that are published, each file is one generator.
+    directions = sections.get("converted", {}).get("directions", method_class.directions)
+    if direction in method_class.directions and direction not in directions:
+        raise ConfigError(f"direction: given '{direction}', but {path} holds a generator for {directions[0]} only")
     method = method_class(config, torch.Generator().manual_seed(0))
-    source = checkpoint.side_file(path, "generator")
-    shapes = source.shapes()
-    with torch.no_grad():
-        for name, parameter in method.generator.named_parameters():
-            kind = "ema" if weights == "ema" and f"ema/{name}" in shapes else "param"
-            parameter.copy_(source.whole(f"{kind}/{name}"))
-        for name, buffer in persistent_buffers(method.generator).items():
-            buffer.copy_(source.whole(f"buffer/{name}"))
+    checkpoint.fill(path, "generator", method.generator, averaged=weights == "ema")
     method.generator.eval()
     return method
+
+
+def _reflected(side: int, multiple: int) -> Tensor:
+    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
+    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
+    return torch.minimum(rows, 2 * side - 2 - rows)
 
 
 @torch.no_grad()
@@ -75,7 +68,8 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
         direction: Which way.
 
     Returns:
-        float32 [1, 3, H, W] in [-1, 1]. A side that is not a multiple of 4 is padded by reflection, and cropped back.
+        float32 [1, 3, H, W] in [-1, 1]. A side that is not a multiple of what the method needs is padded by reflection,
+        as often as it takes, and cropped back.
 
     Raises:
         ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
@@ -85,7 +79,8 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     if min(height, width) < 8:
         raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
     normalised = image.permute(2, 0, 1)[None].float() / 127.5 - 1.0
-    padded = F.pad(normalised, (0, -width % 4, 0, -height % 4), mode="reflect")
+    rows, columns = (_reflected(side, method.multiple).to(image.device) for side in (height, width))
+    padded = normalised[:, :, rows][:, :, :, columns]
     return method.translate(padded, direction)[:, :, :height, :width]
 
 
@@ -152,7 +147,7 @@ def _translate_file(method: Method, path: Path, target: Path, direction: Directi
         _save(translated, target, file_format)
     except (OSError, ValueError) as error:
         raise BadData(f"the result cannot be written: {error}") from error
-    return bool(height % 4 or width % 4)
+    return bool(height % method.multiple or width % method.multiple)
 
 
 def translate_all(method: Method, source: Path, target: Path, direction: Direction) -> int:
@@ -177,7 +172,8 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
             failed += 1
             print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
     if padded:
-        print(f"{padded} pictures had a side that is no multiple of 4: padded by reflection and cropped back")
+        needed = method.multiple
+        print(f"{padded} pictures had a side that is no multiple of {needed}: padded by reflection and cropped back")
     print(f"{len(pictures) - failed} pictures translated into {target}" + (f", {failed} left out" if failed else ""))
     return 1 if failed else 0
 
@@ -192,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged (default) or last weights")
     options = parser.parse_args(arguments)
     try:
-        method = load_method(options.checkpoint, options.weights)
+        method = load_method(options.checkpoint, options.weights, options.direction)
         return translate_all(method, options.source, options.target, options.direction)
     except (ConfigError, CheckpointError) as error:
         print(f"translate.py: {error}", file=sys.stderr)

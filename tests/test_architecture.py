@@ -27,13 +27,18 @@ TIERS = [
     {"ema", "step"},
     {"telemetry", "checkpoint"},
     {"run_directory", "sampling"},
-    {"assembly", "translate"},
+    {"assembly", "translate", "convert"},
     {"train"},
     {"bench", "demo"},
     {"doctor"},
 ]
 # Several files, one part.
-ALIASES = {"engine_state": "engines", "canonical": "checkpoint", "command_line": "run_directory"}
+ALIASES = {
+    "engine_state": "engines",
+    "canonical": "checkpoint",
+    "command_line": "run_directory",
+    "official": "convert",
+}
 # These are functions of tensors: they know neither data nor configuration nor each other.
 PURE = {"ops": set(), "networks": {"ops"}, "losses": {"ops"}}
 

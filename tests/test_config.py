@@ -218,15 +218,15 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: Any) -> 
 # ------------------------------------------------------------------------------------------------- methods and presets
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_presets_resolve_and_what_is_written_wins(name: str) -> None:
-    official, paper = resolve({"name": name})[1], resolve({"name": name, "preset": "paper"})[1]
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in METHODS for preset in METHODS[name].PRESETS])
+def test_presets_resolve_and_what_is_written_wins(name: str, preset: str) -> None:
+    official, other = resolve({"name": name})[1], resolve({"name": name, "preset": preset})[1]
     assert official == resolve({"name": name, "preset": "official"})[1]
-    assert (official.preset, paper.preset) == ("official", "paper")  # type: ignore[attr-defined]
-    for key, value in METHODS[name].PRESETS["paper"].items():
+    assert (official.preset, other.preset) == ("official", preset)  # type: ignore[attr-defined]
+    for key, value in METHODS[name].PRESETS[preset].items():
         mine = tuple(value) if isinstance(value, list) else value
-        assert getattr(paper, key) == mine != getattr(official, key)
-        kept = resolve({"name": name, "preset": "paper", key: getattr(official, key)})[1]
+        assert getattr(other, key) == mine != getattr(official, key)
+        kept = resolve({"name": name, "preset": preset, key: getattr(official, key)})[1]
         assert getattr(kept, key) == getattr(official, key)
 
 

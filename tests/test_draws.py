@@ -37,6 +37,28 @@ def test_an_update_shares_its_draws() -> None:
     assert torch.equal(first.patch_ids("ab.down1", 4096, 256), second.patch_ids("ab.down1", 4096, 256))
 
 
+def test_a_sample_keeps_its_dropout_in_every_split_of_a_batch() -> None:
+    shape = (8, 5, 3)
+    whole = Draws(3, 64).kept("up0", torch.arange(64, 70), shape, 0.5)
+    assert whole.shape == (6, *shape) and whole.dtype == torch.bool
+    for first, update_position in ((64, 64), (67, 64), (67, 66)):
+        part = Draws(3, update_position).kept("up0", torch.arange(first, first + 3), shape, 0.5)
+        assert torch.equal(part, whole[first - 64 : first - 61])
+
+
+def test_no_two_masks_of_dropout_are_the_same() -> None:
+    asked = itertools.product((0, 1), ("up0", "up1"))
+    masks = torch.cat([Draws(seed, 0).kept(place, torch.arange(5), (8, 8), 0.5) for seed, place in asked])
+    agreeing = (masks[:, None] == masks[None]).float().mean((2, 3))
+    assert float(agreeing.fill_diagonal_(0.5).sub(0.5).abs().max()) < 0.25  # 4 standard deviations of 64 coins
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.9])
+def test_dropout_drops_its_share(rate: float) -> None:
+    kept = Draws(3, 0).kept("up0", torch.arange(100), (10, 10, 10), rate)
+    assert float(kept.float().mean()) == pytest.approx(1 - rate, abs=0.01)
+
+
 def test_seed_purpose_and_position_all_matter() -> None:
     asked = itertools.product((0, 1), (0, 1, 64), ("ab.down1", "ba.down1", "ab.down2"))
     drawn = [tuple(Draws(seed, at).patch_ids(purpose, 4096, 16).tolist()) for seed, at, purpose in asked]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from i2i_dist import checkpoint
 from i2i_dist import translate as translate_module
@@ -75,11 +76,21 @@ def test_any_size_comes_out_as_it_went_in(run: Path, height: int, width: int) ->
         assert torch.allclose(output, plain, atol=1e-6)
 
 
+@pytest.mark.parametrize(("side", "multiple"), [(9, 4), (8, 4), (13, 16), (8, 256), (300, 256)])
+def test_padding_reflects_as_often_as_it_takes(side: int, multiple: int) -> None:
+    rows = translate_module._reflected(side, multiple)
+    assert len(rows) % multiple == 0 and 0 <= len(rows) - side < multiple
+    expected = torch.arange(side, dtype=torch.float32)[None, None]
+    while (missing := len(rows) - expected.size(2)) > 0:
+        expected = F.pad(expected, (0, min(missing, expected.size(2) - 1)), mode="reflect")
+    assert rows.tolist() == expected[0, 0].int().tolist()
+
+
 def test_directions_differ(run: Path) -> None:
     method, image = load_method(run), torch.randint(256, (32, 32, 3), dtype=torch.uint8)
     assert not torch.allclose(translate(method, image, "a_to_b"), translate(method, image, "b_to_a"), atol=1e-3)
     with pytest.raises(
-        ValueError, match=r"given 'sideways', but this checkpoint's method translates a_to_b or b_to_a only"
+        ValueError, match="given 'sideways', but this checkpoint's method translates a_to_b or b_to_a only"
     ):
         translate(method, image, "sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 8"):

@@ -45,7 +45,7 @@ class HostBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One unpaired micro-batch on the device.
+    """One micro-batch on the device.
 
     Attributes:
         a: float32 `[N, 3, H, W]` in [-1, 1], contiguous.

@@ -56,6 +56,7 @@ def pack(
     target: Path,
     *,
     side_by_side: bool = False,
+    swap: bool = False,
     resize: int | None = None,
     shard_size_mb: int = 256,
     overwrite: bool = False,
@@ -68,6 +69,7 @@ def pack(
         target: Folder that receives the shards.
         side_by_side: The left half of each image is A and the right half is B, under the same key; of an odd width the
             middle column is dropped. Halves are stored as PNG, without loss.
+        swap: With `side_by_side`: the left half is B and the right half is A.
         resize: Reduce larger images so that their shorter side has this many pixels. What is reduced is stored as PNG,
             or as JPEG of quality 95 where it was JPEG. Without it the files go into the shards byte by byte.
         shard_size_mb: Megabytes (1e6 bytes) after which a shard is closed.
@@ -79,11 +81,13 @@ def pack(
     Raises:
         ValueError: There is nothing to pack, the target is in use, or an option is out of range.
     """
+    if swap and not side_by_side:
+        raise ValueError("--swap says which half of a picture is A, so it needs --side-by-side; give both or neither.")
     _check(source, target, resize, shard_size_mb, overwrite)
     folders = _domain_folders(source, side_by_side)
     results = []
     for domain, folder in folders.items():
-        half = ("AB".index(domain[-1])) if side_by_side else None
+        half = ("BA" if swap else "AB").index(domain[-1]) if side_by_side else None
         results.append(_pack_domain(domain, folder, target, half, resize, shard_size_mb))
     if not any(result.shards for result in results):
         reasons = "\n".join(f"  {line}" for result in results for line in result.unreadable[:5])
@@ -257,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="folder with trainA/ trainB/ testA/ testB/, images at any depth")
     parser.add_argument("target", type=Path, help="folder that receives the shards")
     parser.add_argument("--side-by-side", action="store_true", help="images of train/ test/ val/ hold A left, B right")
+    parser.add_argument("--swap", action="store_true", help="with --side-by-side: B left, A right")
     parser.add_argument("--resize", type=int, metavar="N", help="reduce larger images to N pixels on the shorter side")
     parser.add_argument("--shard-size-mb", type=int, default=256, metavar="MB", help="size of a shard (default 256)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that the target holds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,25 +21,32 @@ from i2i_dist.draws import generator
 MAX_ATTEMPTS = 100  # failures in a row that mean the data set is broken, not a sample
 
 
-class UnpairedReader:
-    """Reads both domains at the same positions, each in its own order.
+class Reader:
+    """Reads both domains at the same positions.
 
-    A domain wraps around on its own, so domains of different sizes meet in ever new pairs.
+    Unpaired, each domain has its own order, crops and flips, and wraps around on its own, so domains of different sizes
+    meet in ever new pairs. Paired, samples of the same number belong together: they share the order, the crop and the
+    flip, and where one of them cannot be used the whole pair is replaced.
     """
 
-    def __init__(self, sources: Mapping[str, Source], *, seed: int, transform: Transform) -> None:
+    def __init__(self, sources: Mapping[str, Source], *, seed: int, transform: Transform, paired: bool = False) -> None:
         """Prepare to read.
 
         Args:
             sources: For each domain ("a", "b") where its samples are.
             seed: The run's seed.
             transform: What turns a decoded image into a training picture.
+            paired: Whether samples of the same number are pairs; see `i2i_dist.data.pairs`.
 
         Raises:
             ValueError: A source holds no sample.
         """
         self._sources = dict(sources)
-        self._orders = {domain: SampleOrder(source.counts, seed, domain) for domain, source in sources.items()}
+        together = {"pair": list(sources)} if paired else {domain: [domain] for domain in sources}
+        self._groups = [
+            _Group(name, domains, SampleOrder(sources[domains[0]].counts, seed, name))
+            for name, domains in together.items()
+        ]
         self._seed = seed
         self._transform = transform
 
@@ -51,42 +59,55 @@ class UnpairedReader:
 
         Returns:
             The micro-batch, a pure function of the data set, the seed and the arguments. A sample that cannot be used
-            is replaced by another one of its domain, drawn from (seed, position, attempt), and listed in `bad`.
+            is replaced by another one of its domain, a pair by another pair, drawn from (seed, position, attempt), and
+            listed in `bad`.
 
         Raises:
             ValueError: `MAX_ATTEMPTS` samples in a row could not be used.
         """
         side = self._transform.crop_size
         bad: list[BadSample] = []
-        images = {}
-        for domain in self._sources:
-            pixels = np.empty((len(positions), side, side, 3), dtype=np.uint8)
+        images = {domain: np.empty((len(positions), side, side, 3), dtype=np.uint8) for domain in self._sources}
+        for group in self._groups:
             for row, position in enumerate(positions):
-                image = self._usable_image(domain, position, bad)
-                pixels[row] = self._transform(image, seed=self._seed, domain=domain, position=position)
-            images[domain] = torch.from_numpy(pixels)
-        return HostBatch(images, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad))
+                for domain, image in self._usable_images(group, position, bad).items():
+                    picture = self._transform(image, seed=self._seed, draw=group.name, position=position)
+                    images[domain][row] = picture
+        pixels = {domain: torch.from_numpy(stack) for domain, stack in images.items()}
+        return HostBatch(pixels, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad))
 
-    def _usable_image(self, domain: str, position: int, bad: list[BadSample]) -> npt.NDArray[np.uint8]:
-        source = self._sources[domain]
-        index = self._orders[domain].index(position)[1]
+    def _usable_images(self, group: _Group, position: int, bad: list[BadSample]) -> dict[str, npt.NDArray[np.uint8]]:
+        index = group.order.index(position)[1]
         failures: list[BadSample] = []
         while len(failures) < MAX_ATTEMPTS:
-            try:
-                image = decode_image(source.read(index)[1])
-            except BadData as error:
-                failures.append(BadSample(domain, source.keys[index], str(error), position))
-                substitute = generator(self._seed, f"substitute.{domain}", position, len(failures))
-                index = int(substitute.integers(sum(source.counts)))
-            else:
+            images: dict[str, npt.NDArray[np.uint8]] = {}
+            for domain in group.domains:
+                source = self._sources[domain]
+                try:
+                    images[domain] = decode_image(source.read(index)[1])
+                except BadData as error:
+                    failures.append(BadSample(domain, source.keys[index], str(error), position))
+                    break
+            if len(images) == len(group.domains):
                 bad += dict.fromkeys(failures)  # a substitute may be the broken sample again
-                return image
+                return images
+            substitute = generator(self._seed, f"substitute.{group.name}", position, len(failures))
+            index = int(substitute.integers(group.order.total))
         reasons = "\n".join(f"  {sample.key}: {sample.reason}" for sample in list(dict.fromkeys(failures))[-5:])
+        where = " and ".join(f"{domain!r} ({self._sources[domain].name})" for domain in group.domains)
         raise ValueError(
-            f"{MAX_ATTEMPTS} samples in a row of domain {domain!r} ({source.name}) could not be used, at position "
-            f"{position}. The last ones:\n{reasons}\nRestore the data set, or pack it again with launchers/pack.py, "
-            "which leaves out what cannot be read."
+            f"{MAX_ATTEMPTS} samples in a row of domain {where} could not be used, at position {position}. The last "
+            f"ones:\n{reasons}\nRestore the data set, or pack it again with launchers/pack.py, which leaves out what "
+            "cannot be read."
         )
+
+
+class _Group(NamedTuple):
+    """Domains whose samples are drawn together; the draws carry the group's name."""
+
+    name: str
+    domains: list[str]
+    order: SampleOrder
 
 
 class _Failure(str):
@@ -97,7 +118,7 @@ class _MicroBatches(Dataset[HostBatch | _Failure]):
     """The micro-batches of one rank, by number."""
 
     def __init__(
-        self, reader: UnpairedReader, global_batch: int, micro_batch: int, rank: int, world: int, start: int, stop: int
+        self, reader: Reader, global_batch: int, micro_batch: int, rank: int, world: int, start: int, stop: int
     ) -> None:
         self._reader, self._micro, self._global, self._start = reader, micro_batch, global_batch, start
         self._share = global_batch // world
@@ -118,7 +139,7 @@ class _MicroBatches(Dataset[HostBatch | _Failure]):
 
 
 def micro_batches(
-    reader: UnpairedReader,
+    reader: Reader,
     *,
     global_batch: int,
     micro_batch: int,

@@ -40,13 +40,16 @@ class Transform:
                 "and fit into the resized image: lower crop_size or raise load_size."
             )
 
-    def __call__(self, image: npt.NDArray[np.uint8], *, seed: int, domain: str, position: int) -> npt.NDArray[np.uint8]:
-        """Turn uint8 `[H, W, 3]` into uint8 `[crop_size, crop_size, 3]`; all draws belong to `position`."""
+    def __call__(self, image: npt.NDArray[np.uint8], *, seed: int, draw: str, position: int) -> npt.NDArray[np.uint8]:
+        """Turn uint8 `[H, W, 3]` into uint8 `[crop_size, crop_size, 3]`.
+
+        Pictures of the same `draw` and `position` are cropped and mirrored alike.
+        """
         full_size = self.full_size_from is not None and position >= self.full_size_from
         load = self.crop_size if full_size else self.load_size
         picture = resize(image, load, load)
-        top, left = generator(seed, f"crop.{domain}", position).integers(load - self.crop_size + 1, size=2)
+        top, left = generator(seed, f"crop.{draw}", position).integers(load - self.crop_size + 1, size=2)
         picture = picture[top : top + self.crop_size, left : left + self.crop_size]
-        if self.flip and generator(seed, f"flip.{domain}", position).random() < 0.5:
+        if self.flip and generator(seed, f"flip.{draw}", position).random() < 0.5:
             picture = picture[:, ::-1]
         return picture

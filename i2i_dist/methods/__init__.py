@@ -13,9 +13,16 @@ from i2i_dist.method import Method
 from i2i_dist.methods.cut import CUT
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
+from i2i_dist.methods.pix2pix import Pix2Pix
 from i2i_dist.methods.simdcl import SimDCL
 
-METHODS: dict[str, type[Method]] = {"cut": CUT, "cyclegan": CycleGAN, "dclgan": DCLGAN, "simdcl": SimDCL}
+METHODS: dict[str, type[Method]] = {
+    "cut": CUT,
+    "cyclegan": CycleGAN,
+    "dclgan": DCLGAN,
+    "pix2pix": Pix2Pix,
+    "simdcl": SimDCL,
+}
 
 
 def resolve(section: Mapping[str, Any]) -> tuple[type[Method], BaseModel]:

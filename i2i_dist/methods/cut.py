@@ -165,6 +165,7 @@ class CUT:
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "blocks", "critic_width", "head_dim", "nce_layers")
     streams: ClassVar[tuple[str, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
+    multiple: ClassVar[int] = 4
     fakes: ClassVar[tuple[str, ...]] = ("fake_b",)
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:

@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from i2i_dist.networks.batch_norm import BatchNorm
 
 
 def initialise(
@@ -33,7 +34,7 @@ def initialise(
                 nn.init.xavier_normal_(layer.weight, gain, generator=generator)
             else:
                 nn.init.normal_(layer.weight, 0.0, gain, generator=generator)
-        elif isinstance(layer, _BatchNorm) and layer.affine:
+        elif isinstance(layer, BatchNorm):
             nn.init.normal_(layer.weight, 1.0, gain, generator=generator)
         else:
             continue

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from i2i_dist.data.folders import open_source
-from i2i_dist.data.reader import UnpairedReader
+from i2i_dist.data.reader import Reader
 from i2i_dist.data.transforms import Transform
 
 PLAIN = Transform(load_size=8, crop_size=8, flip=False, full_size_from=None)
@@ -44,6 +44,6 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.
             tar.addfile(info, io.BytesIO(content))
 
 
-def reader_of(root: Path, seed: int = 5, transform: Transform = PLAIN) -> UnpairedReader:
+def reader_of(root: Path, seed: int = 5, transform: Transform = PLAIN) -> Reader:
     sources = {domain: open_source(root, f"train{domain.upper()}") for domain in "ab"}
-    return UnpairedReader(sources, seed=seed, transform=transform)
+    return Reader(sources, seed=seed, transform=transform)

@@ -14,7 +14,7 @@ import torch
 from i2i_dist.data.batch import BadSample, HostBatch, to_device
 from i2i_dist.data.decode import decode_image
 from i2i_dist.data.order import SampleOrder
-from i2i_dist.data.reader import UnpairedReader, micro_batches
+from i2i_dist.data.reader import Reader, micro_batches
 from i2i_dist.data.transforms import Transform
 from tests.data.builders import encoded, noise, reader_of, write_folder
 
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    reader: UnpairedReader, world: int, *, micro: int = 1, start: int = 0, stop: int = 48, workers: int = 0
+    reader: Reader, world: int, *, micro: int = 1, start: int = 0, stop: int = 48, workers: int = 0
 ) -> list[list[HostBatch]]:
     """The micro-batches of each rank, with a global batch of 12."""
     return [
@@ -182,7 +182,7 @@ def test_to_device_normalises(root: Path) -> None:
     assert host.images["a"][0, 0, 0, 1] == 1  # the colour that names domain A
 
 
-class _SignalProbe(UnpairedReader):
+class _SignalProbe(Reader):
     def read(self, positions: range, update_position: int) -> HostBatch:
         ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
         facts = torch.tensor([*ignored, torch.get_num_threads() == 1])

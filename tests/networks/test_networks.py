@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from i2i_dist.networks.batch_norm import BatchNorm
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.projection import ProjectionHead, take
@@ -181,9 +182,7 @@ def test_projection_stays_in_fp32() -> None:
 
 @pytest.mark.parametrize("kind", ["xavier", "normal"])
 def test_initialisation(kind: str) -> None:
-    network = nn.Sequential(
-        nn.Conv2d(64, 128, 3), nn.ConvTranspose2d(32, 64, 4), nn.Linear(256, 256), nn.BatchNorm2d(4096)
-    )
+    network = nn.Sequential(nn.Conv2d(64, 128, 3), nn.ConvTranspose2d(32, 64, 4), nn.Linear(256, 256), BatchNorm(4096))
     initialise(network, kind, generator=torch.Generator().manual_seed(0))
     for layer in network:
         assert isinstance(layer.bias, Tensor) and not layer.bias.any()

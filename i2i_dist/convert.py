@@ -1,0 +1,331 @@
+"""Checkpoints of the authors' PyTorch code in and out: one `EPOCH_net_NAME.pth` for each network, beside ours."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import shutil
+import sys
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from i2i_dist import checkpoint, engine_state
+from i2i_dist.checkpoint import CheckpointError, State
+from i2i_dist.config import ConfigError
+from i2i_dist.method import SIDES, Method
+from i2i_dist.methods import resolve
+from i2i_dist.official import LONE_GENERATOR, NETWORKS, Names, Network, TensorsByName, names
+from i2i_dist.pool import ImagePools
+
+_NAMED = 6  # of a list of tensors' names in a message
+_COUNT = torch.empty((), dtype=torch.int64, device="meta")  # a batch norm's count of batches
+
+
+class Converted(NamedTuple):
+    """What was converted, for people.
+
+    Attributes:
+        networks: The official networks that were read or written.
+        absent: Those that there was no file of.
+        notes: Sentences on what was decided.
+    """
+
+    networks: tuple[str, ...]
+    absent: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class _Match(NamedTuple):
+    """What a file held: tensors by our names, counts of batches by the official ones, and names that nothing reads."""
+
+    tensors: dict[str, Tensor]
+    counts: dict[str, int]
+    unread: list[str]
+
+
+# ---------------------------------------------------------------------------------------------------- from the official
+
+
+def from_official(name: str, source: Path, target: Path, epoch: str = "latest") -> Converted:
+    """Write official files as a run directory with one checkpoint of 0 images seen.
+
+    The sizes of the networks are read off the tensors. Networks without a file are initialised afresh; a direction
+    without a generator is one that `translate` refuses.
+
+    Args:
+        name: The method.
+        source: Directory of the official files.
+        target: The run directory, which must not be there.
+        epoch: The beginning of the files' names.
+
+    Raises:
+        ConfigError: `source` has no generator of this method and epoch, or `target` is there.
+        CheckpointError: A file cannot be read, or does not hold what the network needs; the message says what.
+    """
+    networks, files = NETWORKS[name], _files(name, source, epoch)
+    found = {key: _load(path) for key, path in files.items()}
+    method_class, config = _configuration(name, {files[key].name: (networks[key], found[key]) for key in files})
+    with torch.device("meta"):  # names and shapes are compared before anything is allocated
+        template = method_class(config, torch.Generator())
+    matches = {}
+    for key, given in found.items():
+        expected = _names(template, config, networks[key])
+        matches[key] = _match(files[key].name, given, expected, _tensors(template, networks[key]))
+    method = method_class(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for key, match in matches.items():
+            ours = _tensors(method, networks[key])
+            for tensor_name, tensor in match.tensors.items():
+                ours[tensor_name].copy_(tensor)
+    absent = tuple(key for key in networks if key not in files)
+    section = {
+        "absent": absent,
+        "directions": [networks[key].direction for key in files if networks[key].direction],
+        "counts": {key: match.counts for key, match in matches.items() if match.counts},
+    }
+    state = State(0, 0, 1, {"method": config.model_dump(mode="json"), "converted": section}, {})
+    captured = {str(side): engine_state.capture_module(getattr(method, side)) for side in SIDES}
+    with _new_directory(target) as run:
+        reason = checkpoint.write(run / "checkpoints", state, captured, ImagePools((), 0, 0), keep=1)
+        if reason:
+            raise CheckpointError(f"{target} cannot be written: {reason}")
+    notes = list(_notes(name, config, matches))
+    read = {path.name for path in files.values()}
+    if others := [path for path in _there(source) if path.startswith(f"{epoch}_net_") and path not in read]:
+        notes.append(f"not read, since {name} has no such network: {_list(others)}")
+    return Converted(tuple(files), absent, tuple(notes))
+
+
+def _notes(name: str, config: Any, matches: Mapping[str, _Match]) -> Iterator[str]:
+    for key, match in matches.items():
+        if match.unread:
+            yield f"{key}: left out statistics of instance norms, which nothing reads: {_list(match.unread)}"
+        if NETWORKS[name][key].taps:
+            layers = ", ".join(config.nce_layers)
+            yield f"{key}: the file does not say which layers of the generator it reads; taken to be {layers}"
+
+
+def _files(name: str, source: Path, epoch: str) -> dict[str, Path]:
+    """Return the file of each network that has one."""
+    if not os.path.isdir(source):
+        raise ConfigError(f"{source} is no directory; expected one with files such as {epoch}_net_G_A.pth")
+    networks = NETWORKS[name]
+    files = {key: source / f"{epoch}_net_{key}.pth" for key in networks}
+    files = {key: path for key, path in files.items() if os.path.isfile(path)}
+    generators = [key for key, network in networks.items() if network.direction]
+    if not files.keys() & set(generators) and name in LONE_GENERATOR:
+        lone, key = LONE_GENERATOR[name]
+        generators.append(lone)
+        if os.path.isfile(path := source / f"{epoch}_net_{lone}.pth"):
+            return {key: path} | files
+    if not files.keys() & set(generators):
+        wanted = " or ".join(f"{epoch}_net_{key}.pth" for key in generators)
+        there = _list(_there(source))
+        raise ConfigError(f"{source} has no {wanted}, the generator of {name}; such files there: {there}")
+    return files
+
+
+def _there(source: Path) -> list[str]:
+    return sorted(path.name for path in source.glob("*_net_*.pth"))
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors, without running anything that is in it; a prefix from DataParallel is removed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its own text tells how to run what is in the file
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors, which is not loaded") from None
+    except Exception as error:  # damaged bytes can make the reader raise anything
+        first_line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or no file of tensors: {first_line}") from None
+    if not isinstance(loaded, dict) or not loaded:
+        raise CheckpointError(f"{path} does not hold tensors by name, but a {type(loaded).__name__} of something else")
+    for key, tensor in loaded.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise CheckpointError(f"{path}: the entry {key!r} of type {kind} is no tensor with a name")
+        if not _is_plain(tensor):
+            raise CheckpointError(f"{path}: {key} is no dense tensor of float32 (or int64, for a count)")
+    prefix = "module."
+    if all(key.startswith(prefix) for key in loaded):
+        return {key[len(prefix) :]: tensor for key, tensor in loaded.items()}
+    return loaded
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.dtype not in (torch.float32, torch.int64):
+        return False
+    # A few bytes can pretend to be a tensor of any size: no device, or strides of 0.
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+
+
+def _configuration(name: str, given: Mapping[str, tuple[Network, TensorsByName]]) -> tuple[type[Method], BaseModel]:
+    """Return the method with the sizes that its networks have."""
+    sizes: dict[str, int] = {}
+    for network, tensors in given.values():
+        sizes = network.sizes(tensors) | sizes  # where two differ, the shapes of one will be refused by name
+    try:
+        return resolve({"name": name, **sizes})
+    except ConfigError as error:
+        raise CheckpointError(f"{', '.join(given)}: no {name} here has these sizes: {error}") from None
+
+
+def _match(file: str, given: TensorsByName, expected: Names, template: TensorsByName) -> _Match:
+    """Find our names for the tensors of one file, all of them there and nothing left over."""
+    match = _Match({}, {}, [name for name in given if name in expected.unread])
+    missing = [name for name, ours in expected.tensors.items() if name not in given and ours is not None]
+    left_over = [name for name in given if name not in expected.tensors and name not in expected.unread]
+    shapes, filters = [], []
+    for name, ours in expected.tensors.items():
+        if name not in given:
+            continue
+        wanted = _COUNT if ours is None else template[ours] if isinstance(ours, str) else ours
+        if given[name].shape != wanted.shape or given[name].dtype != wanted.dtype:
+            shapes.append(f"{name} is {_shape(given[name])} and not {_shape(wanted)}")
+        elif ours is None:
+            match.counts[name] = int(given[name])
+        elif isinstance(ours, str):
+            match.tensors[ours] = given[name]
+        elif not torch.equal(given[name], ours):
+            filters.append(name)
+    problems = {"missing": missing, "left over": left_over, "other shapes": shapes, "other fixed filters": filters}
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {_list(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"{file} is not this network; {told}{_hint(given, expected)}")
+    return match
+
+
+def _hint(given: TensorsByName, expected: Names) -> str:
+    has = any(name.endswith(".filt") for name in given)
+    needs = any(name.endswith(".filt") for name in expected.tensors)
+    if has == needs:
+        return ""
+    kind = "with fixed filters (anti-aliased)" if has else "with strided convolutions (--no_antialias)"
+    return f"; it was trained {kind}, which this method here is not"
+
+
+# ------------------------------------------------------------------------------------------------------ to the official
+
+
+def to_official(name: str, source: Path, target: Path, epoch: str = "latest", averaged: bool = True) -> Converted:
+    """Write one of our checkpoints as the official files.
+
+    Networks that were initialised afresh when the checkpoint itself was converted are left out.
+
+    Args:
+        name: The method, which must be the checkpoint's.
+        source: A checkpoint, or a run directory for its newest one that verifies.
+        target: Directory for the files, which must not be there.
+        epoch: The beginning of the files' names.
+        averaged: Whether to take the averaged generators, where there are some, in place of the last weights.
+
+    Raises:
+        ConfigError: The checkpoint is of another method, or `target` is there.
+        CheckpointError: There is no checkpoint, or it does not verify.
+    """
+    path = checkpoint.find(source)
+    sections = checkpoint.read_state(path).config
+    given = sections["method"]["name"]
+    if given != name:
+        raise ConfigError(f"--to {name}: {path} is a checkpoint of {given}")
+    method_class, config = resolve(sections["method"])
+    method = method_class(config, torch.Generator().manual_seed(0))
+    for side in SIDES:
+        checkpoint.fill(path, side, getattr(method, side), averaged)
+    converted = sections.get("converted", {"absent": (), "counts": {}})
+    absent = tuple(converted["absent"])
+    written = {key: network for key, network in NETWORKS[name].items() if key not in absent}
+    with _new_directory(target) as directory:
+        for key, network in written.items():
+            counts, ours = converted["counts"].get(key, {}), _tensors(method, network)
+            tensors = {}
+            for official, place in _names(method, config, network).tensors.items():
+                if place is None:
+                    tensors[official] = torch.tensor(counts.get(official, 0))
+                else:
+                    tensors[official] = (ours[place] if isinstance(place, str) else place).contiguous()
+            torch.save(tensors, directory / f"{epoch}_net_{key}.pth")
+    return Converted(tuple(written), absent, ())
+
+
+# ---------------------------------------------------------------------------------------------------------- either way
+
+
+def _tensors(method: Method, network: Network) -> TensorsByName:
+    """Return the parameters and buffers that a network is here, by name."""
+    side, _, inner = network.place.partition(".")
+    tensors: TensorsByName = getattr(method, side).get_submodule(inner).state_dict()
+    return tensors
+
+
+def _names(method: Method, config: BaseModel, network: Network) -> Names:
+    return names(network.tree(config), _tensors(method, network))
+
+
+def _list(words: Sequence[str]) -> str:
+    more = f", ... ({len(words)} in all)" if len(words) > _NAMED else ""
+    return (", ".join(word if word.isprintable() else repr(word) for word in words[:_NAMED]) or "none") + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@contextlib.contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """Give a directory to fill, which becomes `target` in one step, or is removed if anything goes wrong."""
+    if os.path.lexists(target):
+        raise ConfigError(f"{target} is there already; name a directory that is not")
+    filling = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        filling.mkdir(parents=True)
+        yield filling
+        os.rename(filling, target)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CheckpointError(f"{target} cannot be written: {reason}") from None
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert; return the exit code: 0 done, 1 a file or checkpoint is unusable, 2 wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description="Convert checkpoints of the methods' official PyTorch code, there and back."
+    )
+    way = parser.add_mutually_exclusive_group(required=True)
+    known = sorted(NETWORKS)
+    way.add_argument("--from", dest="origin", choices=known, help="source is a directory of official files")
+    way.add_argument("--to", choices=known, help="source is a checkpoint, or a run directory for its newest one")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path, help="a directory that is not there yet")
+    parser.add_argument("--epoch", default="latest", help="beginning of the official files' names (default: latest)")
+    parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="with --to: averaged or last weights")
+    options = parser.parse_args(arguments)
+    try:
+        if options.origin:
+            converted = from_official(options.origin, options.source, options.target, options.epoch)
+        else:
+            averaged = options.weights == "ema"
+            converted = to_official(options.to, options.source, options.target, options.epoch, averaged)
+    except (ConfigError, CheckpointError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print(f"converted into {options.target}: {', '.join(converted.networks)}")
+    if converted.absent:
+        fate = "initialised afresh" if options.origin else "left out"
+        print(f"without a file, and so {fate}: {', '.join(converted.absent)}")
+    for note in converted.notes:
+        print(note)
+    return 0
