@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.methods.cases import cyclegan, dclgan
+from tests.methods.cases import cut, cyclegan, dclgan, pix2pix, simdcl
 
 
 class Case(NamedTuple):
@@ -25,6 +25,9 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "cut": Case(cut.SMALL, cut.step),
     "cyclegan": Case(cyclegan.SMALL, cyclegan.step),
     "dclgan": Case(dclgan.SMALL, dclgan.step),
+    "pix2pix": Case(pix2pix.SMALL, pix2pix.step),
+    "simdcl": Case(simdcl.SMALL, simdcl.step),
 }
