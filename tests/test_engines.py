@@ -346,7 +346,7 @@ def coupled() -> list[tuple[str, dict[str, Any]]]:
 def test_accumulation_is_refused_where_a_loss_depends_on_the_whole_batch(name: str, changes: dict[str, Any]) -> None:
     config = RunConfig(method={"name": name}, data=DataConfig(root="nowhere"))
     with pytest.raises(ConfigError, match=r"train\.micro_batch: given 2, .* leave train\.micro_batch out"):
-        assembly._engines(config, small_method(name, **changes), Layout(2, 2, 1), torch.device("cpu"))
+        assembly._check_fits(config, small_method(name, **changes), Layout(2, 2, 1))
 
 
 def test_every_method_is_in_the_matrix() -> None:
