@@ -26,7 +26,8 @@ from tests.methods.plain_side import plain_sides
 WIDTH, BATCH = 8, 2
 # The official rates are for networks eight times as wide and for hundreds of thousands of images.
 RATE = 10.0
-PICTURES, TEST_PICTURES, UPDATES, HALF_LIFE = 256, 32, 250, 40  # half-life of the averaged generators, in updates
+PICTURES, TEST_PICTURES = 256, 32
+UPDATES, HALF_LIFE = 500, 40  # of a method of one direction; half-life of the averaged generators
 # The share of the hidden map that is recovered at least, as demo.py counts it: 0 is what the best of the untrained
 # network, the identity and the best constant picture reaches.
 MARGIN = 0.2
@@ -67,15 +68,16 @@ def recovered(name: str, seed: int) -> float:
     untrained = error(method, test)["error"]
     average, sides = copy.deepcopy(method), plain_sides(method, RATE)
     pools = ImagePools(method.fakes, method.pool_size, seed)
+    updates = UPDATES // len(method.directions)  # those of two directions learn twice as much from each
     weights, averages = (list(one.generator.parameters()) for one in (method, average))
-    for number in range(UPDATES):
+    for number in range(updates):
         rng = generator(seed, "order", number)
         of_a = rng.integers(PICTURES, size=BATCH)
         of_b = of_a if "paired" in method.streams else rng.integers(PICTURES, size=BATCH)
         first = number * BATCH
         batch = Batch(a[of_a], b[of_b], torch.arange(BATCH) + first, first)
         for side in sides.values():
-            side.set_learning_rate(min(1.0, 2 * (1 - number / UPDATES)))
+            side.set_learning_rate(min(1.0, 2 * (1 - number / updates)))
         update(method, sides, lambda _, now=batch: [now], pools, seed=seed, number=number, images_seen=first)
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, max(1 - 0.5 ** (1 / HALF_LIFE), 1 / (number + 1)))
