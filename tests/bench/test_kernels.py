@@ -42,7 +42,8 @@ def small(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     monkeypatch.setattr(kernels, "why_not_native", lambda *_: None)
     monkeypatch.setattr(kernels, "_rates", lambda *_: RATES)
     monkeypatch.setattr(kernels, "peak_bytes", lambda *_: 3 * 2**20)
-    monkeypatch.setattr(kernels, "limit_memory", lambda: None)
+    for setting in ("limit_memory", "keep_freed_memory"):  # of a process, and this one goes on with other tests
+        monkeypatch.setattr(kernels, setting, lambda: None)
     monkeypatch.setattr(
         kernel_cases, "_plain_forms", lambda function, leaves, products: [Form("eager", function, leaves)]
     )
