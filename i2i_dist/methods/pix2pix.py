@@ -8,8 +8,8 @@ configs/. The text is not known to differ in anything that could be set here.
 
 Batch norm runs over the global batch. The authors' code tests as it trains: each picture is normalised by its own
 statistics, and dropout stays on. So does `translate`, with the same dropout for every picture, so that a picture comes
-out the same each time and whatever it is batched with. Above batch 1 `translation_statistics: running` may suit better,
-which is what that code does when told to evaluate.
+out the same each time and whatever it is batched with. Above batch 1 `translation_statistics: running` may suit better:
+those are the statistics that this code takes when told to evaluate, though it then drops nothing.
 """
 
 from __future__ import annotations
