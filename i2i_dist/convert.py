@@ -116,9 +116,10 @@ def _notes(name: str, config: Any, matches: Mapping[str, _Match]) -> Iterator[st
 
 def _files(name: str, source: Path, epoch: str) -> dict[str, Path]:
     """Return the file of each network that has one."""
-    if not os.path.isdir(source):
-        raise ConfigError(f"{source} is no directory; expected one with files such as {epoch}_net_G_A.pth")
     networks = NETWORKS[name]
+    if not os.path.isdir(source):
+        first = next(iter(networks))
+        raise ConfigError(f"{source} is no directory; expected one with files such as {epoch}_net_{first}.pth")
     files = {key: source / f"{epoch}_net_{key}.pth" for key in networks}
     files = {key: path for key, path in files.items() if os.path.isfile(path)}
     generators = [key for key, network in networks.items() if network.direction]
@@ -209,7 +210,7 @@ def _match(file: str, given: TensorsByName, expected: Names, template: TensorsBy
 def _hint(given: TensorsByName, expected: Names) -> str:
     has = any(name.endswith(".filt") for name in given)
     needs = any(name.endswith(".filt") for name in expected.tensors)
-    if has == needs:
+    if has == needs or not given.keys() & expected.tensors.keys():  # a network of another kind altogether
         return ""
     kind = "with fixed filters (anti-aliased)" if has else "with strided convolutions (--no_antialias)"
     return f"; it was trained {kind}, which this method here is not"

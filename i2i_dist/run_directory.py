@@ -155,9 +155,15 @@ def check_same_run(
     """Return a checkpoint's state if this run may go on from it; differences that may be are logged.
 
     Raises:
-        ConfigError: A key of the method that is named in `architecture`, or the data set, is another.
+        ConfigError: A key of the method that is named in `architecture`, or the data set, is another; or the checkpoint
+            holds weights of the official code, which no run trained.
     """
     state = checkpoint.read_state(path)
+    if "converted" in state.config:
+        raise ConfigError(
+            f"{path} was made by launchers/convert.py: it holds weights to translate with, and no optimizer and no "
+            "data set to go on with; train into another directory"
+        )
     saved_method, method = state.config["method"], config["method"]
     refused = [f"method.{line}" for line in checkpoint.differences(saved_method, method, architecture)]
     for domain in sorted(dataset.keys() | state.dataset.keys()):

@@ -19,6 +19,7 @@ from i2i_dist.config import ConfigError
 from i2i_dist.convert import from_official, main, to_official
 from i2i_dist.method import Method
 from i2i_dist.methods import METHODS, resolve
+from i2i_dist.run_directory import check_same_run
 from i2i_dist.translate import load_method
 from i2i_dist.translate import main as translate
 from tests import official_networks as net
@@ -445,6 +446,8 @@ def test_another_form_of_a_generator_is_refused_with_its_name(
         and "left over: model.7.filt, " in err
     )
     assert ", ... (16 in all)" in err
+    unet = {"G": random_state(net.unet_256(2), 0)}  # has no filters either, and is no such generator
+    assert "it was trained with" not in refused("cut", write(unet, tmp_path / "unet"), tmp_path, capfd)
     four = random_state({k: s for k, s in net.resnet_antialiased(4).items() if ".conv_block." not in k}, 0)
     four |= random_state(net._blocks(12, 4, 16), 0)
     err = refused("cut", write({"G": four}, tmp_path / "four"), tmp_path, capfd)
@@ -488,7 +491,9 @@ def test_a_file_with_code_in_it_runs_nothing(tmp_path: Path, capfd: pytest.Captu
 
 
 def test_arguments_that_fit_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "is no directory" in refused("cut", tmp_path / "nowhere", tmp_path, capfd, code=2)
+    for method, file in (("cut", "G"), ("dclgan", "G_A")):
+        err = refused(method, tmp_path / "nowhere", tmp_path, capfd, code=2)
+        assert f"is no directory; expected one with files such as latest_net_{file}.pth\n" in err
     source = write(official_files("cyclegan"), tmp_path / "official")
     assert "is no directory" in refused("cut", source / "latest_net_G_A.pth", tmp_path, capfd, code=2)
     err = refused("pix2pix", source, tmp_path, capfd, code=2)
@@ -535,6 +540,14 @@ def test_to_refuses_what_is_no_checkpoint_of_the_method(tmp_path: Path, capfd: p
     assert main(["--to", "dclgan", str(tmp_path / "nowhere"), str(tmp_path / "back")]) == 1
     assert "is no checkpoint and no run directory" in capfd.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+def test_no_run_goes_on_from_converted_weights(tmp_path: Path) -> None:
+    from_official("cyclegan", write(official_files("cyclegan"), tmp_path / "official"), tmp_path / "run")
+    found = checkpoint.find(tmp_path / "run")
+    same = {"method": checkpoint.read_state(found).config["method"]}
+    with pytest.raises(ConfigError, match=r"made by launchers/convert\.py: .* train into another directory$"):
+        check_same_run(found, same, {"a": "fingerprint"}, METHODS["cyclegan"].ARCHITECTURE)
 
 
 def test_upsampling_is_the_official_filter() -> None:
