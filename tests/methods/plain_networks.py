@@ -1,4 +1,4 @@
-"""The anti-aliased networks of CUT and DCLGAN written down a second time, as torch.nn.functional calls on a module's
+"""The networks of CUT, DCLGAN and CycleGAN written down a second time, as torch.nn.functional calls on a module's
 parameters, to hold methods against; and what the tests of these methods share."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from i2i_dist.methods import resolve
 SIZE = 32
 
 
-def build(section: dict[str, Any]) -> Any:
+def build(section: dict[str, Any], scale: float = 10.0) -> Any:
     """A method in fp64, with weights large enough that nothing hides in rounding or behind a hinge."""
     method_class, config = resolve(section)
     method: Any = method_class(config, torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ def build(section: dict[str, Any]) -> Any:
             side.double()
             for parameter in side.parameters():
                 noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-                parameter.mul_(10.0).add_(noise, alpha=0.05)
+                parameter.mul_(scale).add_(noise, alpha=0.05)
     return method
 
 
@@ -87,6 +87,36 @@ def logits(network: nn.Module, image: Tensor) -> Tensor:
     for stage in (1, 2):
         x = _halved(F.leaky_relu(_normal(conv(f"stages.{stage}", x)), 0.2))
     return conv("to_logits", F.leaky_relu(_normal(conv("stages.3", x)), 0.2))
+
+
+def strided_image(network: nn.Module, image: Tensor) -> Tensor:
+    """Translate an image as CycleGAN's generator does: strided convolutions down, transposed ones up."""
+    p = dict(network.named_parameters())
+
+    def conv(name: str, x: Tensor, **how: int) -> Tensor:
+        return F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **how)
+
+    x = _normal(conv("stem", _padded(image, 3))).relu()
+    for name in ("down1", "down2"):
+        x = _normal(conv(name, x, stride=2, padding=1)).relu()
+    number = 0
+    while f"blocks.{number}.conv1.weight" in p:
+        branch = _normal(conv(f"blocks.{number}.conv1", _padded(x, 1))).relu()
+        x = x + _normal(conv(f"blocks.{number}.conv2", _padded(branch, 1)))
+        number += 1
+    for name in ("up1.conv", "up2.conv"):
+        weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+        x = _normal(F.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)).relu()
+    return conv("to_image", _padded(x, 3)).tanh()
+
+
+def strided_logits(network: nn.Module, image: Tensor) -> Tensor:
+    """Judge an image as CycleGAN's PatchGAN does, with strided convolutions."""
+    p, x = dict(network.named_parameters()), image
+    for stage, stride in enumerate((2, 2, 2, 1)):
+        x = F.conv2d(x, p[f"stages.{stage}.weight"], p[f"stages.{stage}.bias"], stride=stride, padding=1)
+        x = F.leaky_relu(_normal(x) if stage else x, 0.2)
+    return F.conv2d(x, p["to_logits.weight"], p["to_logits.bias"], padding=1)
 
 
 def normalised(x: Tensor) -> Tensor:

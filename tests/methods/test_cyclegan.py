@@ -1,10 +1,7 @@
-"""CycleGAN: shared passes give what separate ones give, and the critics are shown what the pool returns."""
+"""CycleGAN: shared passes give what a second reading gives in separate ones; critics see what the pool returns."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,42 +15,26 @@ from i2i_dist.method import SIDES, Turn
 from i2i_dist.methods import resolve
 from i2i_dist.methods.cyclegan import Outputs
 from i2i_dist.step import update
+from tests.methods import plain_networks as plain
+from tests.methods.plain_networks import SIZE, assert_same, batch, gradients
+from tests.methods.plain_side import plain_sides
 
 SMALL = {"width": 4, "blocks": 2, "critic_width": 4}
 DRAWS = Draws(seed=3, update_position=64)
-SIZE = 32
 
 
 def build(**changes: Any) -> Any:
-    """A small method in fp64, with weights large enough that nothing hides in rounding."""
-    method_class, config = resolve({"name": "cyclegan", **SMALL, **changes})
-    method: Any = method_class(config, torch.Generator().manual_seed(0))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for side in (method.generator, method.discriminator):
-            side.double()
-            for parameter in side.parameters():
-                noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-                parameter.mul_(5.0).add_(noise, alpha=0.05)
-    return method
-
-
-def batch(images: int) -> Batch:
-    draw = torch.Generator().manual_seed(5)
-    a, b = (torch.rand(images, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1 for _ in range(2))
-    return Batch(a, b.abs(), torch.arange(images) + 64, 64)
+    return plain.build({"name": "cyclegan", **SMALL, **changes}, scale=5.0)
 
 
 def separate(method: Any, given: Batch) -> Outputs:
     """Six passes, each on its own."""
 
     def ab(image: Tensor) -> Tensor:
-        translated: Tensor = method.generator.generator_ab(image)[0]
-        return translated
+        return plain.strided_image(method.generator.generator_ab, image)
 
     def ba(image: Tensor) -> Tensor:
-        translated: Tensor = method.generator.generator_ba(image)[0]
-        return translated
+        return plain.strided_image(method.generator.generator_ba, image)
 
     fake_b, fake_a = ab(given.a), ba(given.b)
     return Outputs(fake_a, fake_b, ba(fake_b), ab(fake_a), ba(given.a), ab(given.b))
@@ -61,7 +42,10 @@ def separate(method: Any, given: Batch) -> Outputs:
 
 def official_generator_terms(method: Any, given: Batch, outputs: Outputs) -> dict[str, Tensor]:
     d, one = method.discriminator, torch.ones((), dtype=torch.float64)
-    judged_b, judged_a = d.critic_b(outputs.fake_b), d.critic_a(outputs.fake_a)
+    judged_b, judged_a = (
+        plain.strided_logits(d.critic_b, outputs.fake_b),
+        plain.strided_logits(d.critic_a, outputs.fake_a),
+    )
     return {
         "gan_ab": F.mse_loss(judged_b, one.expand_as(judged_b)),
         "gan_ba": F.mse_loss(judged_a, one.expand_as(judged_a)),
@@ -75,25 +59,16 @@ def official_generator_terms(method: Any, given: Batch, outputs: Outputs) -> dic
 def official_critic_terms(method: Any, given: Batch, fake_a: Tensor, fake_b: Tensor) -> dict[str, Tensor]:
     d = method.discriminator
     return {
-        name: 0.5 * ((critic(real) - 1).square().mean() + critic(fake).square().mean())
+        name: 0.5
+        * (
+            (plain.strided_logits(critic, real) - 1).square().mean()
+            + plain.strided_logits(critic, fake).square().mean()
+        )
         for name, critic, real, fake in (
             ("critic_a", d.critic_a, given.a, fake_a),
             ("critic_b", d.critic_b, given.b, fake_b),
         )
     }
-
-
-def gradients(module: torch.nn.Module, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    module.zero_grad()
-    torch.stack(list(terms.values())).sum().backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        scale = max(1.0, float(other[name].detach().abs().max()))
-        assert float((one[name] - other[name]).detach().abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -105,8 +80,8 @@ def test_shared_passes_give_what_separate_ones_give(images: int) -> None:
     official = official_generator_terms(method, given, theirs)
     assert_same(terms, official)
     assert all(term.item() > 1e-2 for term in terms.values()), "a term that is 0 compares with anything"
-    mine, plain = gradients(method.generator, terms), gradients(method.generator, official)
-    assert_same(mine, plain)
+    mine, theirs = gradients(method.generator, terms), gradients(method.generator, official)
+    assert_same(mine, theirs)
     assert mine.keys() == {name for name, _ in method.generator.named_parameters()}
     assert sum(float(value.abs().max()) > 1e-6 for value in mine.values()) > len(mine) // 2
 
@@ -129,9 +104,9 @@ def test_fakes_alone_are_the_same_fakes() -> None:
 
 
 def test_weights_stand_at_their_terms() -> None:
-    given, plain = batch(1), build()
+    given, one = batch(1), build()
     changed = build(lambda_gan=3.0, lambda_cycle_a=2.0, lambda_cycle_b=7.0, lambda_identity=0.25)
-    terms = plain.generator_loss(given, plain.generator(given, DRAWS), plain.discriminator, 0)
+    terms = one.generator_loss(given, one.generator(given, DRAWS), one.discriminator, 0)
     weighted = changed.generator_loss(given, changed.generator(given, DRAWS), changed.discriminator, 0)
     factors = {
         "gan_ab": 3.0, "gan_ba": 3.0, "cycle_a": 0.2, "cycle_b": 0.7, "identity_a": 0.5 / 5, "identity_b": 1.75 / 5,
@@ -151,29 +126,6 @@ def test_without_identity_its_passes_are_not_made() -> None:
     theirs = separate(method, given)
     official = official_generator_terms(method, given, theirs)
     assert_same(terms, {name: official[name] for name in terms})
-
-
-class PlainSide:
-    """A side without an engine, as far as an update needs one."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module, self.stepped = module, False
-        self._watch = SimpleNamespace(take=lambda: torch.zeros(()))
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[torch.nn.Module]:
-        self.module.requires_grad_(False)
-        yield self.module
-        self.module.requires_grad_(True)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
-
-    def step(self, *, skip: bool) -> None:
-        self.stepped = not skip
 
 
 class OtherImages:
@@ -197,10 +149,10 @@ def test_critics_are_shown_what_the_pool_returns(name: str) -> None:
     for side in SIDES:
         getattr(method, side).double()
     given, pool = batch(2), OtherImages()
-    sides: Any = {side: PlainSide(getattr(method, side)) for side in SIDES}
+    sides = plain_sides(method, 0.0)
     fakes = method.generator(given, DRAWS, True)
     step = update(method, sides, lambda _: [given], pool, seed=3, number=0, images_seen=0)  # type: ignore[arg-type]
-    assert all(side.stepped for side in sides.values())
+    assert all(side.steps == 1 for side in sides.values())
     assert step.skipped == ()
     ((handed, positions),) = pool.given
     assert positions == [64, 65]
@@ -230,15 +182,9 @@ def test_the_whole_method_has_as_many_parameters_as_the_authors_code() -> None:
     assert sum(p.numel() for side in SIDES for p in getattr(method, side).parameters()) == 28_285_832
 
 
-def test_every_parameter_is_in_one_group() -> None:
-    method = build(lr=3e-4, betas=[0.4, 0.9])
-    groups = method.parameter_groups()
-    assert set(groups) == set(SIDES)
-    for side in SIDES:
-        grouped = [id(p) for group in groups[side] for p in group.parameters]
-        assert len(grouped) == len(set(grouped))
-        assert set(grouped) == {id(p) for p in getattr(method, side).parameters()}
-        assert all((group.lr, group.betas) == (3e-4, (0.4, 0.9)) for group in groups[side])
+def test_all_parameters_have_the_rate_of_the_configuration() -> None:
+    groups = build(lr=3e-4, betas=[0.4, 0.9]).parameter_groups()
+    assert all((group.lr, group.betas) == (3e-4, (0.4, 0.9)) for side in SIDES for group in groups[side])
 
 
 def test_the_generators_have_the_first_turn() -> None:
