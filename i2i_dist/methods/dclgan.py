@@ -143,6 +143,11 @@ class DualGenerators(nn.Module):
         """Draw patches for one purpose: one set of positions per layer, shared by all images of the update."""
         return draw_patches(draws, purpose, self.layers, taps, self.patches)
 
+    def translate(self, image: Tensor, direction: Direction) -> Tensor:
+        """Translate images [N, 3, H, W] in [-1, 1]."""
+        translated: Tensor = (self.generator_ab if direction == "a_to_b" else self.generator_ba)(image)[0]
+        return translated
+
 
 class Generators(DualGenerators):
     """The generator's side."""
@@ -171,6 +176,15 @@ def dual_losses(config: Hyperparameters, batch: Batch, outputs: Outputs, judge: 
         "nce_ba": half * config.lambda_nce * nce(outputs.queries_a, outputs.keys_b),
         "identity_a": half * config.lambda_identity * l1(outputs.identity_a, batch.a),
         "identity_b": half * config.lambda_identity * l1(outputs.identity_b, batch.b),
+    }
+
+
+def critic_losses(config: Hyperparameters, batch: Batch, fakes: DomainPair, judge: Judge) -> Losses:
+    """Return half the sum of the real and the fake term, for each critic."""
+    real, fake = judge_real_and_fake(judge, DomainPair(batch.a, batch.b), fakes)
+    return {
+        "critic_a": 0.5 * discriminator_loss(config.adversarial, real.a, fake.a),
+        "critic_b": 0.5 * discriminator_loss(config.adversarial, real.b, fake.b),
     }
 
 
@@ -222,16 +236,8 @@ class DCLGAN:
 
     def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
         """Half the sum of the real and the fake term, for each critic."""
-        fakes = DomainPair(outputs.fake_a, outputs.fake_b)
-        real, fake = judge_real_and_fake(judge, DomainPair(batch.a, batch.b), fakes)
-        return {
-            "critic_a": 0.5 * discriminator_loss(self.config.adversarial, real.a, fake.a),
-            "critic_b": 0.5 * discriminator_loss(self.config.adversarial, real.b, fake.b),
-        }
+        return critic_losses(self.config, batch, DomainPair(outputs.fake_a, outputs.fake_b), judge)
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
         """Translate images [N, 3, H, W] in [-1, 1]."""
-        side = self.generator
-        translated, _ = (side.generator_ab if direction == "a_to_b" else side.generator_ba)(image)
-        assert isinstance(translated, Tensor)
-        return translated
+        return self.generator.translate(image, direction)

@@ -21,11 +21,10 @@ from torch import Tensor
 from i2i_dist.config import Beta, Weight
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
-from i2i_dist.losses.adversarial import discriminator_loss
 from i2i_dist.losses.cycle import l1
 from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
 from i2i_dist.methods import dclgan
-from i2i_dist.networks.critics import CriticPair, DomainPair, judge_real_and_fake
+from i2i_dist.networks.critics import CriticPair, DomainPair
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.projection import project
@@ -146,16 +145,8 @@ class SimDCL:
 
     def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
         """Half the sum of the real and the fake term, for each critic."""
-        fakes = DomainPair(outputs.fake_a, outputs.fake_b)
-        real, fake = judge_real_and_fake(judge, DomainPair(batch.a, batch.b), fakes)
-        return {
-            "critic_a": 0.5 * discriminator_loss(self.config.adversarial, real.a, fake.a),
-            "critic_b": 0.5 * discriminator_loss(self.config.adversarial, real.b, fake.b),
-        }
+        return dclgan.critic_losses(self.config, batch, DomainPair(outputs.fake_a, outputs.fake_b), judge)
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
         """Translate images [N, 3, H, W] in [-1, 1]."""
-        side = self.generator
-        translated, _ = (side.generator_ab if direction == "a_to_b" else side.generator_ba)(image)
-        assert isinstance(translated, Tensor)
-        return translated
+        return self.generator.translate(image, direction)
