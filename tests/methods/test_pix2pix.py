@@ -21,6 +21,7 @@ from i2i_dist.methods import METHODS, resolve
 from i2i_dist.methods.pix2pix import CriticInput, Outputs
 from i2i_dist.translate import translate, translate_all
 from tests.data.builders import write_folder
+from tests.methods.plain_networks import gradients
 from tests.networks import plain
 from tests.ranks import run_ranks
 
@@ -69,12 +70,6 @@ def plain_terms(method: Any, given: Batch, fake: Tensor) -> tuple[dict[str, Tens
     generator = {"gan_ab": bce(plain.critic(critic, given.a, fake), 1.0), "l1_b": 100 * (fake - given.b).abs().mean()}
     real, shown = plain.critic(critic, given.a, given.b), plain.critic(critic, given.a, fake.detach())
     return generator, {"critic_b": 0.5 * (bce(shown, 0.0) + bce(real, 1.0))}
-
-
-def gradients(module: torch.nn.Module, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    module.zero_grad()
-    torch.stack(list(terms.values())).sum().backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-9) -> None:
