@@ -6,6 +6,7 @@ Every step is a command that a person could type, and is printed before it runs.
 from __future__ import annotations
 
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,15 @@ _Pixels = npt.NDArray[np.uint8]
 
 def _run(*command: str) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(f"demo: failed, {command[1]} ended with exit code {code}; why stands above")
+
+
+def _free_port() -> int:
+    """Return a port for the ranks to meet on: the launcher's own default may be taken by another run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _translated(method: Method, pictures: _Pixels) -> _Pixels:
@@ -85,6 +94,7 @@ def main() -> int:
     train = [
         str(bin_folder / "deepspeed"),
         f"--num_gpus={ranks}",
+        f"--master_port={_free_port()}",
         "launchers/train.py",
         f"--config={_CONFIG}",
         f"--run={run}",

@@ -53,6 +53,11 @@ def test_only_what_was_learned_passes(
     assert "beats all three baselines" in capsys.readouterr().out
 
 
+def test_a_command_that_fails_ends_the_demonstration_with_a_sentence() -> None:
+    with pytest.raises(SystemExit, match=r"^demo: failed, -c ended with exit code 3; why stands above$"):
+        demo._run(sys.executable, "-c", "raise SystemExit(3)")
+
+
 @pytest.mark.soak
 def test_the_whole_demonstration() -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
