@@ -13,6 +13,7 @@ What decides the shape of this file; tests/test_engines.py holds the result agai
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 
 from i2i_dist.config import ConfigError
 from i2i_dist.distributed import Ranks, any_rank
-from i2i_dist.host_memory import keep_freed_memory
 from i2i_dist.method import ParameterGroup
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        keep_freed_memory()
+        _keep_freed_memory()
         # Inference only, yet compiled at every first start on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_seconds)
@@ -103,6 +103,19 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
     )
     deepspeed_groups._WORLD_GROUP = torch.distributed.new_group(list(range(ranks.world)), timeout=timeout)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc hand the blocks that one step frees to the next instead of to the system.
+
+    By default every large tensor is mapped anew and its pages are faulted in, in each step, which shows from 256 x 256
+    on. Other C libraries have no such setting.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 def stop() -> None:

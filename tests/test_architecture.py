@@ -14,7 +14,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), ROOT
 
 # A part imports itself and parts of earlier tiers, never a neighbour of its own tier.
 TIERS = [
-    {"draws", "distributed", "host_memory"},
+    {"draws", "distributed"},
     {"config"},
     {"agreement"},
     {"data"},

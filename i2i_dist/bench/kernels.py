@@ -34,7 +34,6 @@ from i2i_dist.bench.timing import (
     spread,
     take_turns,
 )
-from i2i_dist.host_memory import keep_freed_memory
 
 LIMITS = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
 """The largest difference from the fp64 reference, relative to its largest value, of a form that computes the same."""
@@ -67,7 +66,6 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if device.type == "cpu":
         limit_memory()
-        keep_freed_memory()
     torch._inductor.config.autotune_num_choices_displayed = 0
     rates = _rates(cases, device)
     path = None if options.json is None else json_path(options.json, device, ".json")

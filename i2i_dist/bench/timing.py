@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -111,10 +112,14 @@ class Clock:
 
 
 def take_turns(calls: Sequence[Callable[[], None]], seconds: float) -> None:
-    """Make all calls in turn, again and again for about `seconds`, at least three times."""
-    start, rounds = time.perf_counter(), 0
+    """Make all calls in turn, again and again for about `seconds`, at least three times.
+
+    Each round has an order of its own: the caches are as the call before has left them, and nobody shall always follow
+    the same one.
+    """
+    start, rounds, order = time.perf_counter(), 0, random.Random(0)
     while rounds < MIN_ROUNDS or (time.perf_counter() - start < seconds and rounds < MAX_ROUNDS):
-        for call in calls:
+        for call in order.sample(calls, len(calls)):
             call()
         rounds += 1
 
