@@ -220,6 +220,13 @@ def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
             f"train.micro_batch: given {layout.micro_batch}, but with this method's settings a sample's loss depends "
             "on the whole global batch, which then is not in one pass; leave train.micro_batch out"
         )
+    if layout.micro_batch % method.group:
+        raise ConfigError(
+            f"train.micro_batch: given {layout.micro_batch}, but this method puts {method.group} consecutive samples "
+            f"together; the batch of each rank and pass must be a multiple of {method.group}, for example "
+            f"--set train.global_batch={method.group * layout.world}"
+            + (f" --set train.micro_batch={method.group}" if config.train.micro_batch else "")
+        )
     crop, load, multiple = config.data.crop_size, config.data.load_size, method.multiple
     if crop % multiple:
         fits = max(1, crop // multiple) * multiple

@@ -60,6 +60,20 @@ class Draws(NamedTuple):
         rngs = [generator(self.seed, f"dropout.{purpose}", position) for position in positions.tolist()]
         return torch.from_numpy(np.stack([rng.random(shape, dtype=np.float32) >= rate for rng in rngs]))
 
+    def normal(self, purpose: str, positions: Tensor, size: int) -> Tensor:
+        """Draw `size` numbers from N(0, 1) for each sample.
+
+        Args:
+            purpose: What they are for.
+            positions: int64 `[N]`, the global positions of the samples.
+            size: How many.
+
+        Returns:
+            float32 `[N, size]` on the CPU, so that every device gets the same.
+        """
+        rngs = [generator(self.seed, f"normal.{purpose}", position) for position in positions.tolist()]
+        return torch.from_numpy(np.stack([rng.standard_normal(size, dtype=np.float32) for rng in rngs]))
+
     def coin(self, purpose: str) -> bool:
         """Return True with probability 1/2."""
         return bool(generator(self.seed, f"coin.{purpose}", self.update_position).random() < 0.5)

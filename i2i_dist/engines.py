@@ -144,13 +144,27 @@ class _Watch:
         return bad
 
 
-class _Skippable:
-    """Mixed into an optimizer: while `skip` is set a step does nothing, and DeepSpeed still consumes the gradients."""
+class _SideOptimizer:
+    """Mixed into an optimizer: what a side needs that neither it nor DeepSpeed does.
+
+    While `skip` is set a step does nothing, and DeepSpeed still consumes the gradients. After a step parameters are
+    clamped to the bounds of their group: what DeepSpeed has put there are this rank's fp32 values, which it hands on to
+    the module and to the other ranks, while a module's parameter that is clamped is overwritten by the next step.
+    """
 
     skip = False
+    param_groups: list[dict[str, Any]]
 
     def step(self, closure: Any = None) -> Any:
-        return None if self.skip else super().step(closure)  # type: ignore[misc]
+        if self.skip:
+            return None
+        result = super().step(closure)  # type: ignore[misc]
+        with torch.no_grad():
+            for group in self.param_groups:
+                if group["bounds"] is not None:
+                    for values in group["params"]:
+                        values.clamp_(*group["bounds"])
+        return result
 
 
 class SideEngine:
@@ -171,10 +185,11 @@ class SideEngine:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self._watch = _Watch(module, device)
-        skippable = type(f"Skippable{optimizer.__name__}", (_Skippable, optimizer), {})
-        self.optimizer: Any = skippable(
+        side_optimizer = type(f"Side{optimizer.__name__}", (_SideOptimizer, optimizer), {})
+        self.optimizer: Any = side_optimizer(
             [
                 {"name": group.name, "params": list(group.parameters), "lr": group.lr, "base_lr": group.lr}
+                | {"weight_decay": group.weight_decay, "bounds": group.bounds}
                 | ({"betas": group.betas} if issubclass(optimizer, torch.optim.Adam) else {})
                 for group in groups
             ],

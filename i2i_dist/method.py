@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel
@@ -38,12 +38,23 @@ class Turn(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that share hyperparameters of Adam; `lr` is the rate at factor 1 of the schedule."""
+    """Parameters that share hyperparameters of Adam.
+
+    Attributes:
+        name: What its learning rate is called in logs.
+        parameters: Its parameters.
+        lr: The rate at factor 1 of the schedule.
+        betas: Decay of the two moments.
+        weight_decay: Coupled: this times the parameter is added to its gradient.
+        bounds: Lowest and highest value, which every element is clamped to after each step; None for no bounds.
+    """
 
     name: str
     parameters: Sequence[nn.Parameter]
     lr: float
     betas: tuple[float, float]
+    weight_decay: float = 0.0
+    bounds: tuple[float, float] | None = None
 
 
 class Method(Protocol):
@@ -85,6 +96,10 @@ class Method(Protocol):
         """What height and width of every picture must be a multiple of."""
 
     @property
+    def group(self) -> int:
+        """How many samples of consecutive positions belong together: they are in the same pass of the same rank."""
+
+    @property
     def fakes(self) -> tuple[str, ...]:
         """The fields of Outputs that the discriminator sees, detached and by way of the pool; the rest has defaults."""
 
@@ -102,3 +117,33 @@ class Method(Protocol):
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
         """Translate float images [N, 3, H, W] in [-1, 1], H and W divisible by `multiple`, each as if it were alone."""
+
+
+@runtime_checkable
+class Attentive(Protocol):
+    """A method whose generators tell where they look."""
+
+    def attend(self, image: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+        """Return what `translate` does, and of the same pass heat maps [N, 1, h, w]: any scale, high where it looks."""
+
+
+@runtime_checkable
+class Styled(Protocol):
+    """A method that has many translations for an image, one for each code: a vector of `style_dim` numbers.
+
+    Codes are drawn from N(0, 1). `translate` takes the code 0.
+    """
+
+    @property
+    def style_dim(self) -> int:
+        """How many numbers a code has."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether `encode` can be used: some models have no encoder."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Return the codes [N, style_dim] of images [N, 3, H, W] of the target domain, each as if it were alone."""
+
+    def translate_styled(self, image: Tensor, codes: Tensor) -> Tensor:
+        """Translate images [N, 3, H, W] as `translate` does, each with its own row of `codes` [N, style_dim]."""

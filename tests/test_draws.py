@@ -73,6 +73,16 @@ def test_a_coin_is_fair_and_belongs_to_an_update() -> None:
     assert faces != [Draws(3, position).coin("other") for position in range(2000)]
 
 
+def test_normal_numbers_belong_to_their_positions() -> None:
+    draws, positions = Draws(3, 0), torch.arange(3000)
+    numbers = draws.normal("code", positions, 8)
+    assert (numbers.shape, numbers.dtype) == ((3000, 8), torch.float32)
+    assert abs(float(numbers.mean())) < 0.03 and abs(float(numbers.std()) - 1) < 0.03
+    assert torch.equal(Draws(3, 96).normal("code", positions[[7, 2]], 8), numbers[[7, 2]])
+    assert not torch.equal(draws.normal("other", positions, 8), numbers)
+    assert len({tuple(row) for row in numbers.tolist()}) == 3000
+
+
 def test_keys_do_not_run_together() -> None:
     keys: list[tuple[int, str, tuple[int, ...]]] = [
         (1, "a", (2, 3)), (1, "a", (23,)), (1, "a", (2, 3, 0)), (12, "a", (3,)), (1, "a, 2", (3,)), (1, "a", ()),

@@ -11,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from i2i_dist import assembly
 from i2i_dist.checkpoint import directory_name
@@ -18,7 +19,7 @@ from i2i_dist.config import ConfigError, DataConfig, RunConfig
 from i2i_dist.data.batch import Batch
 from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.engine_state import capture
-from i2i_dist.engines import Layout, SideEngine
+from i2i_dist.engines import Layout, SideEngine, any_not_finite
 from i2i_dist.method import ParameterGroup, Side
 from i2i_dist.methods import METHODS
 from i2i_dist.pool import ImagePools
@@ -191,6 +192,53 @@ def what_deepspeed_does() -> dict[str, Any]:
     }
 
 
+class Bounded(torch.nn.Module):
+    """Five numbers that a step throws out of their bounds, and two that it may throw anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rho = torch.nn.Parameter(torch.full((5,), 0.5))  # an odd number, of which two ranks hold unequal parts
+        self.weight = torch.nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, pull: Tensor) -> Tensor:
+        return (self.rho * pull).sum() + (self.weight * pull[:2]).sum()
+
+
+PULLS = [torch.tensor(pull) for pull in ([1.0, -1.0, 0.0, 1.0, -1.0], [-0.1, 0.1, -0.2, 0.0, 0.3])]
+
+
+def bounded_loop() -> list[Tensor]:
+    """What `bounded_run` has to give, in arithmetic: SGD at rate 1 with coupled decay on `weight` alone."""
+    rho, weight, seen = torch.full((5,), 0.5), torch.full((2,), 0.5), []
+    for pull in PULLS:
+        rho, weight = (rho - pull).clamp(0, 1), weight - (pull[:2] + 0.5 * weight)
+        seen.append(torch.cat([rho, weight]))
+    return seen
+
+
+def bounded_run(stage: int) -> list[Tensor]:
+    """Run on every rank: what the module computes with after each step, and at the end what a checkpoint would hold."""
+    module = Bounded()
+    groups = [
+        ParameterGroup("rho", [module.rho], 1.0, (0.5, 0.9), bounds=(0.0, 1.0)),
+        ParameterGroup("weight", [module.weight], 1.0, (0.5, 0.9), weight_decay=0.5),
+    ]
+    layout = Layout(1, 1, rank_and_world()[1], stage=stage, persistence_threshold=0)
+    side = SideEngine(module, groups, layout, torch.device("cpu"), optimizer=torch.optim.SGD, momentum=0.0)
+    seen = []
+    for pull in PULLS:
+        side.backward(side(pull), last=True)
+        assert not any_not_finite([side])
+        side.step(skip=False)
+        probes = torch.eye(5)
+        with torch.no_grad():  # the module adds up what each probe touches
+            touched = torch.stack([side(probe) for probe in probes])
+        weight = whole({"generator": side}, "param")["generator/weight"]
+        seen.append(torch.cat([touched - F.pad(weight, (0, 3)), weight]))
+    assert torch.allclose(whole({"generator": side}, "param")["generator/rho"], seen[-1][:5], atol=1e-6)
+    return seen
+
+
 def late_nan_matrix() -> dict[str, Any]:
     """Run on every rank: where the discriminator has stepped before the generator meets a NaN."""
     results: dict[str, Any] = {}
@@ -257,6 +305,9 @@ def matrix(directory: str) -> dict[str, Any]:
         ours, skipped = engine_run(name, (stage, stage), accumulation, NAN_STEPS, poison=rank_1_picture_is_nan)
         results[f"{name} {stage} {accumulation} nan"] = (distance(ours, dropped[name]), skipped)
     results |= late_nan_matrix()
+    for stage in STAGES:
+        pairs = zip(bounded_run(stage), bounded_loop(), strict=True)
+        results[f"bounded {stage}"] = [float((one - other).abs().max()) for one, other in pairs]
     results["deepspeed"] = what_deepspeed_does()
     return results
 
@@ -320,6 +371,14 @@ def test_a_nan_in_the_generators_loss_alone_leaves_the_critics_their_step(
     assert difference <= 1e-6
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_bounds_hold_and_decay_is_coupled_after_every_step(results: dict[str, Any], stage: int) -> None:
+    """In the module and in the optimizer's own copy, which would bring back what only the module forgets."""
+    after = [step[:5] for step in bounded_loop()]
+    assert all(float(rho.min()) == 0.0 and float(rho.max()) == 1.0 for rho in after[:1])  # both bounds are reached
+    assert max(results[f"bounded {stage}"]) <= 1e-6
+
+
 def test_nothing_is_clipped_that_nobody_asked_to_clip(results: dict[str, Any]) -> None:
     assert results["deepspeed"]["clipping"] == 0.0
     assert results["deepspeed"]["clipping where a configuration is silent"] == 1.0  # why it is always written
@@ -347,6 +406,15 @@ def test_accumulation_is_refused_where_a_loss_depends_on_the_whole_batch(name: s
     config = RunConfig(method={"name": name}, data=DataConfig(root="nowhere"))
     with pytest.raises(ConfigError, match=r"train\.micro_batch: given 2, .* leave train\.micro_batch out"):
         assembly._check_fits(config, small_method(name, **changes), Layout(2, 2, 1))
+
+
+def test_a_batch_that_cuts_groups_apart_is_refused() -> None:
+    config = RunConfig(method={"name": "cyclegan"}, data=DataConfig(root="nowhere"))
+    method = small_method("cyclegan")
+    method.group = 2
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: given 3, .* 2 consecutive .* train\.global_batch=8"):
+        assembly._check_fits(config, method, Layout(3, 1, 4))
+    assembly._check_fits(config, method, Layout(4, 1, 4))
 
 
 def test_every_method_is_in_the_matrix() -> None:

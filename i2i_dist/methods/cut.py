@@ -166,6 +166,7 @@ class CUT:
     streams: ClassVar[tuple[str, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     multiple: ClassVar[int] = 4
+    group: ClassVar[int] = 1
     fakes: ClassVar[tuple[str, ...]] = ("fake_b",)
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:

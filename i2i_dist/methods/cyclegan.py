@@ -98,6 +98,7 @@ class CycleGAN:
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
     multiple: ClassVar[int] = 4
+    group: ClassVar[int] = 1
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config

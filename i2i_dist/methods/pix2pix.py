@@ -122,6 +122,7 @@ class Pix2Pix:
     streams: ClassVar[tuple[str, ...]] = ("paired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     fakes: ClassVar[tuple[str, ...]] = ("fake_b",)
+    group: ClassVar[int] = 1
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config

@@ -102,6 +102,7 @@ class SimDCL:
     streams: ClassVar[tuple[str, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     multiple: ClassVar[int] = 4
+    group: ClassVar[int] = 1
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:

@@ -22,6 +22,7 @@ class PlainSide:
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(group.parameters), "lr": rate, "base_lr": rate, "betas": group.betas}
+                | {"weight_decay": group.weight_decay, "bounds": group.bounds}
                 for group, rate in ((group, factor * group.lr) for group in groups)
             ],
             fused=True,
@@ -42,6 +43,10 @@ class PlainSide:
     def step(self, *, skip: bool) -> None:
         assert not skip
         self.optimizer.step()
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"] if group["bounds"] else ():
+                    parameter.clamp_(*group["bounds"])
         self.optimizer.zero_grad()
         self.steps += 1
 
