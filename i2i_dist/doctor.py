@@ -1,4 +1,4 @@
-"""Says what an installation is made of, and which implementation of each op runs here and why."""
+"""Says what an installation is made of, which implementation of each op runs here, and what memory a method needs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,38 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import nn
 
 import i2i_dist
 from i2i_dist import ops
 from i2i_dist.bench.facts import machine_facts
+from i2i_dist.config import ConfigError, load
+from i2i_dist.memory import SideMemory, side_memory
+from i2i_dist.methods import resolve
 
 
-def main() -> int:
-    """Print the report; the exit status is 1 if an op has a kernel that cannot run here, 2 for a wrong I2I_DIST_OPS."""
-    argparse.ArgumentParser(
-        description="Say which implementation of each op runs on this machine, and why."
-    ).parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; the exit status is 1 if an op has a kernel that cannot run here, 2 for wrong settings."""
+    parser = argparse.ArgumentParser(
+        prog="doctor.py", description="Say which implementation of each op runs on this machine, and why."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="also say what memory its networks' state needs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of it")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that the state is spread over")
+    options = parser.parse_args(arguments)
     try:
         lines, healthy = report()
+        if options.config is not None:
+            lines += ["", *memory_report(options.config, options.set, options.ranks)]
+        elif options.set:
+            raise ConfigError("--set changes a key of a configuration; name one with --config FILE")
     except ValueError as error:
-        print(f"error: {error}")
+        print(f"doctor.py: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines))
     return 0 if healthy else 1
@@ -60,3 +75,38 @@ def _versions(devices: list[str]) -> list[str]:
         f"devices     {', '.join(found)}; {torch.get_num_threads()} threads",
         f"extension   {extension}",
     ]
+
+
+def memory_report(config: Path, settings: Sequence[str], ranks: int) -> list[str]:
+    """Return the lines that say what memory the state of a configuration's networks needs on each rank.
+
+    Nothing is allocated, so a method of any size can be asked for.
+
+    Raises:
+        ConfigError: The configuration is not usable, or there are fewer ranks than one.
+    """
+    if ranks < 1:
+        raise ConfigError(f"--ranks: given {ranks}, allowed is 1 or more")
+    run = load(config, settings)
+    method_class, method_config = resolve(run.method)
+    with torch.device("meta"):
+        method = method_class(method_config, torch.Generator())
+    lines = [
+        f"Memory on each of {ranks} ranks in GiB for parameters, gradients, Adam's state and averages, which are fp32",
+        "in either precision. It is computed. Activations come on top and depend on size and batch. With the optimizer",
+        "offloaded, which is not built yet, 'GPU' and 'CPU' would be what lies where.",
+    ]
+    for side, groups in method.parameter_groups().items():
+        module: nn.Module = getattr(method, side)
+        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in module.named_children()}
+        networks = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        averaged = side == "generator" and run.train.ema_half_life_images > 0
+        lines += ["", f"{side}: {networks}; {sum(counts.values()):,} parameters in all"]
+        columns = (*(field for field in SideMemory._fields), "in all", "GPU", "CPU")
+        lines.append(f"{'ZeRO':<6}" + "".join(f"{column:>12}" for column in columns))
+        for stage in range(4):
+            memory = side_memory(module, groups, stage, ranks, averaged)
+            offloaded = [memory.whole - memory.offloaded, memory.offloaded] if stage else []
+            cells = [*memory, memory.whole, *offloaded]
+            lines.append(f"{stage:<6}" + "".join(f"{cell / 2**30:>12.2f}" for cell in cells))
+    return lines

@@ -37,6 +37,9 @@ from deepspeed.utils import groups as deepspeed_groups
 
 Precision = Literal["fp32", "bf16"]
 
+PERSISTENCE_THRESHOLD = 100_000  # elements: ZeRO 3 leaves smaller parameters whole
+_LARGEST_BUCKET = 50_000_000  # elements
+
 
 class Layout(NamedTuple):
     """How a side is spread: the batch identity micro_batch x accumulation x world = global, and the ZeRO stage."""
@@ -47,8 +50,8 @@ class Layout(NamedTuple):
     stage: int = 0
     clipping: float = 0.0
     precision: Precision = "fp32"
-    # ZeRO 3 leaves smaller parameters whole; tests set 0, since small networks would never be partitioned otherwise.
-    persistence_threshold: int = 100_000
+    # Tests set 0, since small networks would never be partitioned otherwise.
+    persistence_threshold: int = PERSISTENCE_THRESHOLD
 
 
 def device_of(ranks: Ranks) -> torch.device:
@@ -195,7 +198,9 @@ class SideEngine:
             ],
             **(options or {"fused": True}),
         )
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=_deepspeed_config(layout))
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=_deepspeed_config(layout, bucket_elements(module))
+        )
         self.module = module
 
     def __call__(self, *inputs: Any) -> Any:
@@ -248,8 +253,16 @@ def any_not_finite(sides: Sequence[SideEngine]) -> bool:
     return any_rank(torch.stack([side._watch.take() for side in sides]).sum().reshape(1))[0]
 
 
-def _deepspeed_config(layout: Layout) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": layout.stage}
+def bucket_elements(module: nn.Module) -> int:
+    """Return how many elements of gradients ZeRO reduces at once, for which it holds a buffer of that size.
+
+    DeepSpeed's own 500 million are 2 GB for each side, whatever it has, and at stage 3 all the time.
+    """
+    return min(sum(parameter.numel() for parameter in module.parameters()), _LARGEST_BUCKET)
+
+
+def _deepspeed_config(layout: Layout, bucket: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": layout.stage, "reduce_bucket_size": bucket}
     if layout.stage == 3:
         zero["stage3_param_persistence_threshold"] = layout.persistence_threshold
     return {

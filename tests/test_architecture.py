@@ -24,7 +24,7 @@ TIERS = [
     {"method"},
     {"methods"},
     {"engines"},
-    {"ema", "step"},
+    {"ema", "step", "memory"},
     {"telemetry", "checkpoint"},
     {"run_directory", "sampling"},
     {"assembly", "translate", "convert"},

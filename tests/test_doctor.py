@@ -50,4 +50,4 @@ def test_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0 and "patch_nce" in done.stdout
     monkeypatch.setenv("I2I_DIST_OPS", "fast")
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "use auto, native or reference" in done.stdout
+    assert done.returncode == 2 and "use auto, native or reference" in done.stderr
