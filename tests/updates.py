@@ -20,7 +20,7 @@ from tests.methods.cases.common import GLOBAL_BATCH, SIZE
 def small_method(name: str, seed: int = 0, **changes: Any) -> Any:
     """Return the small version of a method, with weights and biases of some size, so that a few steps go somewhere.
 
-    What has bounds is drawn from between them.
+    Of what has bounds, half lies at them, so that a step throws some of it out.
     """
     method, config = resolve({"name": name, **CASES[name].small, **changes})
     built: Any = method(config, torch.Generator().manual_seed(seed))
@@ -31,7 +31,9 @@ def small_method(name: str, seed: int = 0, **changes: Any) -> Any:
                 parameter.mul_(CASES[name].scale).add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
             for group in built.parameter_groups()[side]:
                 for parameter in group.parameters if group.bounds else ():
-                    parameter.uniform_(*group.bounds, generator=draw)
+                    low, high = group.bounds
+                    reach = (high - low) / 2
+                    parameter.uniform_(low - reach, high + reach, generator=draw).clamp_(low, high)
     return built
 
 

@@ -12,7 +12,7 @@ from tests.methods import plain_ugatit as plain
 # Pictures of 32 x 32 have attended maps of 8 x 8, which are pooled. With the official 1000 no rate suits both sides.
 SMALL: dict[str, Any] = {
     "width": 4, "blocks": 1, "cam_grid": 4, "critic_width": 4, "global_layers": 5, "local_layers": 4,
-    "lambda_cam": 10.0, "lr": 0.001,
+    "lambda_cam": 10.0, "lr": 0.001, "weight_decay": 0.01,
 }  # fmt: skip
 
 
