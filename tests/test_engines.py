@@ -18,7 +18,7 @@ from i2i_dist.checkpoint import directory_name
 from i2i_dist.config import ConfigError, DataConfig, RunConfig
 from i2i_dist.data.batch import Batch
 from i2i_dist.distributed import barrier, rank_and_world
-from i2i_dist.engine_state import capture
+from i2i_dist.engine_state import capture, persistent_buffers
 from i2i_dist.engines import Layout, SideEngine, any_not_finite
 from i2i_dist.method import ParameterGroup, Side
 from i2i_dist.methods import METHODS
@@ -53,9 +53,12 @@ def first_of_each_order() -> list[str]:
 
 
 def cases_of(name: str) -> list[tuple[int, int]]:
-    """Return the stages and accumulations: all for the first method of an order, by turns for those that follow."""
+    """Return the stages and accumulations: all for the first method of an order, by turns for those that follow.
+
+    All as well where passes of the critics move buffers, which must not depend on how many passes there are.
+    """
     allowed = accumulations(name)
-    if name in first_of_each_order():
+    if name in first_of_each_order() or persistent_buffers(small_method(name).discriminator):
         return list(itertools.product(STAGES, allowed))
     return [(stage, allowed[stage % len(allowed)]) for stage in STAGES]
 
@@ -72,7 +75,7 @@ def plain_run(
     method = small_method(name)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for side, groups in method.parameter_groups().items():
-        options = [{"params": list(g.parameters), "lr": g.lr} for g in groups]
+        options = [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
         optimizers[side] = torch.optim.Adam(options) if adam else torch.optim.SGD(options, momentum=0.9)
     idle = torch.optim.SGD(method.generator.parameters(), lr=0.0)
     for step in range(steps):

@@ -112,7 +112,7 @@ class ResNetGenerator(nn.Module):
         Raises:
             ValueError: For a size that does not fit, or an unknown tap.
         """
-        _check_size(image)
+        check_size(image)
         self.tap_channels(taps)
         missing = set(taps)
         features: dict[str, Tensor] = {}
@@ -163,7 +163,8 @@ class _Doubling(nn.Module):
         return doubled
 
 
-def _check_size(image: Tensor) -> None:
+def check_size(image: Tensor) -> None:
+    """Refuse an image that a generator with two halvings cannot take; ValueError says what would fit."""
     height, width = image.shape[-2:]
     if height % 4 or width % 4 or min(height, width) < 8:
         fit = " x ".join(str(max(8, -(-side // 4) * 4)) for side in (height, width))

@@ -45,8 +45,10 @@ def one_thread() -> Iterator[None]:
 
 
 def build(name: str, seed: int) -> Any:
-    """The small version with the official loss weights and rates, a little wider."""
-    small = {key: value for key, value in CASES[name].small.items() if not key.startswith("lr")}
+    """The small version with the official loss weights, rates and decay, a little wider."""
+    small = {
+        key: value for key, value in CASES[name].small.items() if not key.startswith(("lr", "lambda", "weight_decay"))
+    }
     widths = {key: WIDTH for key in small if key.endswith("width")}
     method_class, config = resolve({"name": name, **small, **widths})
     return method_class(config, torch.Generator().manual_seed(seed))

@@ -194,5 +194,14 @@ def test_initialisation(kind: str) -> None:
     again = nn.Conv2d(64, 128, 3)
     initialise(again, kind, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.weight, network[0].weight)
-    with pytest.raises(ValueError, match="use 'xavier' or 'normal'"):
+    with pytest.raises(ValueError, match="use 'xavier', 'normal' or 'uniform'"):
         initialise(again, "orthogonal", generator=torch.Generator())
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 8, 3), nn.ConvTranspose2d(6, 8, 4), nn.Linear(30, 20)])
+def test_the_uniform_initialisation_is_torchs_own(layer: nn.Module) -> None:
+    initialise(layer, "uniform", generator=torch.Generator().manual_seed(0))
+    given = {name: value.clone() for name, value in layer.named_parameters()}
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert all(torch.allclose(value, given[name], rtol=1e-6) for name, value in layer.named_parameters())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.methods.cases import cut, cyclegan, dclgan, pix2pix, simdcl
+from tests.methods.cases import cut, cyclegan, dclgan, pix2pix, simdcl, ugatit
 
 
 class Case(NamedTuple):
@@ -18,10 +18,13 @@ class Case(NamedTuple):
         small: Hyperparameters of a tiny version; the rest is the default preset.
         step: `step(method, a, b, number, optimizers)`: update `number` as a plain PyTorch loop, one optimizer a side,
             in the order of the released code and with every pass on its own. Images are float64 [N, 3, H, W].
+        scale: What initial weights are multiplied by where a few steps have to go somewhere: 10 for those that start
+            with a standard deviation of 0.02. Too much, and every step multiplies what rounding has left.
     """
 
     small: dict[str, Any]
     step: Callable[[Any, Tensor, Tensor, int, dict[str, Optimizer]], None]
+    scale: float = 10.0
 
 
 CASES = {
@@ -30,4 +33,5 @@ CASES = {
     "dclgan": Case(dclgan.SMALL, dclgan.step),
     "pix2pix": Case(pix2pix.SMALL, pix2pix.step),
     "simdcl": Case(simdcl.SMALL, simdcl.step),
+    "ugatit": Case(ugatit.SMALL, ugatit.step, scale=1.0),
 }
