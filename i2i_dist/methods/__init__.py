@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from i2i_dist.config import ConfigError, validate
 from i2i_dist.method import Method
+from i2i_dist.methods.bicyclegan import BicycleGAN
 from i2i_dist.methods.cut import CUT
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
@@ -17,6 +18,7 @@ from i2i_dist.methods.pix2pix import Pix2Pix
 from i2i_dist.methods.simdcl import SimDCL
 
 METHODS: dict[str, type[Method]] = {
+    "bicyclegan": BicycleGAN,
     "cut": CUT,
     "cyclegan": CycleGAN,
     "dclgan": DCLGAN,

@@ -1,6 +1,9 @@
-"""PatchGAN discriminators at several scales of one image."""
+"""PatchGAN discriminators at several scales of one image, and several such discriminators in one module."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,3 +61,21 @@ class MultiscalePatchGAN(nn.Module):
                 image = F.avg_pool2d(image, 3, stride=2, padding=1, count_include_pad=False)
             logits.append(critic(image))
         return tuple(logits)
+
+
+class CriticsByKind(nn.Module):
+    """Discriminators of the same structure, `critic_KIND` for each kind of image.
+
+    Args:
+        kinds: The kinds.
+        size: What `MultiscalePatchGAN` takes.
+    """
+
+    def __init__(self, kinds: Sequence[str], **size: Any) -> None:
+        super().__init__()
+        for kind in kinds:
+            self.add_module(f"critic_{kind}", MultiscalePatchGAN(**size))
+
+    def forward(self, images: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """Judge, by kind, images `[N, in_channels, H, W]`; of each come its logits at each scale."""
+        return {kind: self.get_submodule(f"critic_{kind}")(image) for kind, image in images.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ class Gaussian(NamedTuple):
 class StyleEncoder(nn.Module):
     """A 4x4 convolution and residual blocks, each of which halves; the mean over all pixels; a linear layer.
 
-    At the defaults there are 2,590,032 parameters, with 3 blocks 1,344,080. The authors' code has 4 blocks for 256 x 256
-    and 3 for 128 x 128, where its pooling covers exactly what is left; the mean is that for any size.
+    At the defaults there are 2,590,032 parameters, with 3 blocks 1,344,080. The authors' code has 4 blocks for pictures
+    of 256 x 256 and 3 for 128 x 128, where its pooling covers just what is left; the mean is that for any size.
 
     Args:
         style_dim: Numbers of a code.
@@ -47,9 +48,7 @@ class StyleEncoder(nn.Module):
         widths = [width * min(4, stage + 1) for stage in range(blocks + 1)]
         self.smallest = 2 ** (blocks + 1)
         self.stem = nn.Conv2d(in_channels, width, 4, stride=2, padding=1)
-        self.blocks = nn.ModuleList(
-            HalvingBlock(before, after) for before, after in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.blocks = nn.ModuleList(HalvingBlock(before, after) for before, after in itertools.pairwise(widths))
         self.to_mean = nn.Linear(widths[-1], style_dim)
         self.to_logvar = nn.Linear(widths[-1], style_dim) if variance else None
 
