@@ -1,15 +1,13 @@
-"""Checkpoints of the authors' PyTorch code in and out: one `EPOCH_net_NAME.pth` for each network, beside ours."""
+"""Checkpoints of the authors' PyTorch code in and out: their networks become a checkpoint of ours, and the reverse."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import pickle
 import shutil
 import sys
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +21,12 @@ from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
 from i2i_dist.method import SIDES, Method
 from i2i_dist.methods import resolve
-from i2i_dist.official import LONE_GENERATOR, NETWORKS, Names, Network, TensorsByName, names
+from i2i_dist.official import files
+from i2i_dist.official.files import listed
+from i2i_dist.official.names import Names, Network, TensorsByName, names
+from i2i_dist.official.networks import FORMS, NETWORKS
 from i2i_dist.pool import ImagePools
 
-_NAMED = 6  # of a list of tensors' names in a message
 _COUNT = torch.empty((), dtype=torch.int64, device="meta")  # a batch norm's count of batches
 
 
@@ -55,41 +55,41 @@ class _Match(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- from the official
 
 
-def from_official(name: str, source: Path, target: Path, epoch: str = "latest") -> Converted:
-    """Write official files as a run directory with one checkpoint of 0 images seen.
+def from_official(name: str, source: Path, target: Path, epoch: str | None = None) -> Converted:
+    """Write official networks as a run directory with one checkpoint of 0 images seen.
 
-    The sizes of the networks are read off the tensors. Networks without a file are initialised afresh; a direction
+    The sizes of the networks are read off the tensors. Networks that are not there are initialised afresh; a direction
     without a generator is one that `translate` refuses.
 
     Args:
         name: The method.
         source: Directory of the official files.
         target: The run directory, which must not be there.
-        epoch: The beginning of the files' names.
+        epoch: Which of several checkpoints, as its files' names say it; None for the latest, or the only one.
 
     Raises:
         ConfigError: `source` has no generator of this method and epoch, or `target` is there.
         CheckpointError: A file cannot be read, or does not hold what the network needs; the message says what.
     """
-    networks, files = NETWORKS[name], _files(name, source, epoch)
-    found = {key: _load(path) for key, path in files.items()}
-    method_class, config = _configuration(name, {files[key].name: (networks[key], found[key]) for key in files})
+    networks, found = NETWORKS[name], files.read(name, source, epoch)
+    given = {found.places[key]: (networks[key], tensors) for key, tensors in found.tensors.items()}
+    method_class, config = _configuration(name, given)
     with torch.device("meta"):  # names and shapes are compared before anything is allocated
         template = method_class(config, torch.Generator())
     matches = {}
-    for key, given in found.items():
+    for key, tensors in found.tensors.items():
         expected = _names(template, config, networks[key])
-        matches[key] = _match(files[key].name, given, expected, _tensors(template, networks[key]))
+        matches[key] = _match(found.places[key], tensors, expected, _tensors(template, networks[key]))
     method = method_class(config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for key, match in matches.items():
             ours = _tensors(method, networks[key])
             for tensor_name, tensor in match.tensors.items():
-                ours[tensor_name].copy_(tensor)
-    absent = tuple(key for key in networks if key not in files)
+                ours[tensor_name].copy_(tensor.view_as(ours[tensor_name]))
+    absent = tuple(key for key in networks if key not in matches)
     section = {
         "absent": absent,
-        "directions": [networks[key].direction for key in files if networks[key].direction],
+        "directions": [networks[key].direction for key in matches if networks[key].direction],
         "counts": {key: match.counts for key, match in matches.items() if match.counts},
     }
     state = State(0, 0, 1, {"method": config.model_dump(mode="json"), "converted": section}, {})
@@ -99,76 +99,18 @@ def from_official(name: str, source: Path, target: Path, epoch: str = "latest") 
         if reason:
             raise CheckpointError(f"{target} cannot be written: {reason}")
     notes = list(_notes(name, config, matches))
-    read = {path.name for path in files.values()}
-    if others := [path for path in _there(source) if path.startswith(f"{epoch}_net_") and path not in read]:
-        notes.append(f"not read, since {name} has no such network: {_list(others)}")
-    return Converted(tuple(files), absent, tuple(notes))
+    if found.unread:
+        notes.append(f"not read, since {name} has no such network: {listed(found.unread)}")
+    return Converted(tuple(matches), absent, tuple(notes))
 
 
 def _notes(name: str, config: Any, matches: Mapping[str, _Match]) -> Iterator[str]:
     for key, match in matches.items():
         if match.unread:
-            yield f"{key}: left out statistics of instance norms, which nothing reads: {_list(match.unread)}"
+            yield f"{key}: left out statistics of instance norms, which nothing reads: {listed(match.unread)}"
         if NETWORKS[name][key].taps:
             layers = ", ".join(config.nce_layers)
             yield f"{key}: the file does not say which layers of the generator it reads; taken to be {layers}"
-
-
-def _files(name: str, source: Path, epoch: str) -> dict[str, Path]:
-    """Return the file of each network that has one."""
-    networks = NETWORKS[name]
-    if not os.path.isdir(source):
-        first = next(iter(networks))
-        raise ConfigError(f"{source} is no directory; expected one with files such as {epoch}_net_{first}.pth")
-    files = {key: source / f"{epoch}_net_{key}.pth" for key in networks}
-    files = {key: path for key, path in files.items() if os.path.isfile(path)}
-    generators = [key for key, network in networks.items() if network.direction]
-    if not files.keys() & set(generators) and name in LONE_GENERATOR:
-        lone, key = LONE_GENERATOR[name]
-        generators.append(lone)
-        if os.path.isfile(path := source / f"{epoch}_net_{lone}.pth"):
-            return {key: path} | files
-    if not files.keys() & set(generators):
-        wanted = " or ".join(f"{epoch}_net_{key}.pth" for key in generators)
-        there = _list(_there(source))
-        raise ConfigError(f"{source} has no {wanted}, the generator of {name}; such files there: {there}")
-    return files
-
-
-def _there(source: Path) -> list[str]:
-    return sorted(path.name for path in source.glob("*_net_*.pth"))
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors, without running anything that is in it; a prefix from DataParallel is removed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its own text tells how to run what is in the file
-        raise CheckpointError(f"{path} is damaged, or holds more than tensors, which is not loaded") from None
-    except Exception as error:  # damaged bytes can make the reader raise anything
-        first_line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged, or no file of tensors: {first_line}") from None
-    if not isinstance(loaded, dict) or not loaded:
-        raise CheckpointError(f"{path} does not hold tensors by name, but a {type(loaded).__name__} of something else")
-    for key, tensor in loaded.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise CheckpointError(f"{path}: the entry {key!r} of type {kind} is no tensor with a name")
-        if not _is_plain(tensor):
-            raise CheckpointError(f"{path}: {key} is no dense tensor of float32 (or int64, for a count)")
-    prefix = "module."
-    if all(key.startswith(prefix) for key in loaded):
-        return {key[len(prefix) :]: tensor for key, tensor in loaded.items()}
-    return loaded
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.dtype not in (torch.float32, torch.int64):
-        return False
-    # A few bytes can pretend to be a tensor of any size: no device, or strides of 0.
-    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 def _configuration(name: str, given: Mapping[str, tuple[Network, TensorsByName]]) -> tuple[type[Method], BaseModel]:
@@ -182,7 +124,7 @@ def _configuration(name: str, given: Mapping[str, tuple[Network, TensorsByName]]
         raise CheckpointError(f"{', '.join(given)}: no {name} here has these sizes: {error}") from None
 
 
-def _match(file: str, given: TensorsByName, expected: Names, template: TensorsByName) -> _Match:
+def _match(place: str, given: TensorsByName, expected: Names, template: TensorsByName) -> _Match:
     """Find our names for the tensors of one file, all of them there and nothing left over."""
     match = _Match({}, {}, [name for name in given if name in expected.unread])
     missing = [name for name, ours in expected.tensors.items() if name not in given and ours is not None]
@@ -192,6 +134,8 @@ def _match(file: str, given: TensorsByName, expected: Names, template: TensorsBy
         if name not in given:
             continue
         wanted = _COUNT if ours is None else template[ours] if isinstance(ours, str) else ours
+        if name in expected.columns:
+            wanted = wanted[None, :, None, None]
         if given[name].shape != wanted.shape or given[name].dtype != wanted.dtype:
             shapes.append(f"{name} is {_shape(given[name])} and not {_shape(wanted)}")
         elif ours is None:
@@ -202,8 +146,8 @@ def _match(file: str, given: TensorsByName, expected: Names, template: TensorsBy
             filters.append(name)
     problems = {"missing": missing, "left over": left_over, "other shapes": shapes, "other fixed filters": filters}
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {_list(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"{file} is not this network; {told}{_hint(given, expected)}")
+        told = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"{place} is not this network; {told}{_hint(given, expected)}")
     return match
 
 
@@ -219,7 +163,7 @@ def _hint(given: TensorsByName, expected: Names) -> str:
 # ------------------------------------------------------------------------------------------------------ to the official
 
 
-def to_official(name: str, source: Path, target: Path, epoch: str = "latest", averaged: bool = True) -> Converted:
+def to_official(name: str, source: Path, target: Path, epoch: str | None = None, averaged: bool = True) -> Converted:
     """Write one of our checkpoints as the official files.
 
     Networks that were initialised afresh when the checkpoint itself was converted are left out.
@@ -228,7 +172,7 @@ def to_official(name: str, source: Path, target: Path, epoch: str = "latest", av
         name: The method, which must be the checkpoint's.
         source: A checkpoint, or a run directory for its newest one that verifies.
         target: Directory for the files, which must not be there.
-        epoch: The beginning of the files' names.
+        epoch: What the files' names shall say of it; None for the latest.
         averaged: Whether to take the averaged generators, where there are some, in place of the last weights.
 
     Raises:
@@ -241,23 +185,43 @@ def to_official(name: str, source: Path, target: Path, epoch: str = "latest", av
     if given != name:
         raise ConfigError(f"--to {name}: {path} is a checkpoint of {given}")
     method_class, config = resolve(sections["method"])
+    for key, value in FORMS.get(name, {}).items():
+        if (ours := getattr(config, key)) != value:
+            raise ConfigError(f"{path} has {key}: {ours}, and the official code of {name} only knows {value}")
     method = method_class(config, torch.Generator().manual_seed(0))
     for side in SIDES:
         checkpoint.fill(path, side, getattr(method, side), averaged)
     converted = sections.get("converted", {"absent": (), "counts": {}})
     absent = tuple(converted["absent"])
-    written = {key: network for key, network in NETWORKS[name].items() if key not in absent}
+    written = tuple(key for key in NETWORKS[name] if key not in absent)
+    networks = {key: official_tensors(name, method, config, key, converted["counts"].get(key)) for key in written}
     with _new_directory(target) as directory:
-        for key, network in written.items():
-            counts, ours = converted["counts"].get(key, {}), _tensors(method, network)
-            tensors = {}
-            for official, place in _names(method, config, network).tensors.items():
-                if place is None:
-                    tensors[official] = torch.tensor(counts.get(official, 0))
-                else:
-                    tensors[official] = (ours[place] if isinstance(place, str) else place).contiguous()
-            torch.save(tensors, directory / f"{epoch}_net_{key}.pth")
-    return Converted(tuple(written), absent, ())
+        files.write(name, directory, target.name, epoch, networks)
+    return Converted(written, absent, ())
+
+
+def official_tensors(
+    name: str, method: Method, config: BaseModel, key: str, counts: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of one network under their official names, in the official order.
+
+    Args:
+        name: The method's name.
+        method: What holds the network.
+        config: The method's hyperparameters.
+        key: Which of its networks, as the official code calls it.
+        counts: What batch norms have counted, by official name; 0 where it is not said.
+    """
+    network = NETWORKS[name][key]
+    expected, ours = _names(method, config, network), _tensors(method, network)
+    tensors: dict[str, Tensor] = {}
+    for official, place in expected.tensors.items():
+        if place is None:
+            tensors[official] = torch.tensor((counts or {}).get(official, 0))
+        else:
+            tensor = ours[place] if isinstance(place, str) else place
+            tensors[official] = (tensor[None, :, None, None] if official in expected.columns else tensor).contiguous()
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------------------- either way
@@ -272,11 +236,6 @@ def _tensors(method: Method, network: Network) -> TensorsByName:
 
 def _names(method: Method, config: BaseModel, network: Network) -> Names:
     return names(network.tree(config), _tensors(method, network))
-
-
-def _list(words: Sequence[str]) -> str:
-    more = f", ... ({len(words)} in all)" if len(words) > _NAMED else ""
-    return (", ".join(word if word.isprintable() else repr(word) for word in words[:_NAMED]) or "none") + more
 
 
 def _shape(tensor: Tensor) -> str:
@@ -311,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     way.add_argument("--to", choices=known, help="source is a checkpoint, or a run directory for its newest one")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="a directory that is not there yet")
-    parser.add_argument("--epoch", default="latest", help="beginning of the official files' names (default: latest)")
+    parser.add_argument("--epoch", help="which official checkpoint, as its files' names say it (default: the latest)")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="with --to: averaged or last weights")
     options = parser.parse_args(arguments)
     try:
@@ -326,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"converted into {options.target}: {', '.join(converted.networks)}")
     if converted.absent:
         fate = "initialised afresh" if options.origin else "left out"
-        print(f"without a file, and so {fate}: {', '.join(converted.absent)}")
+        print(f"not there, and so {fate}: {', '.join(converted.absent)}")
     for note in converted.notes:
         print(note)
     return 0

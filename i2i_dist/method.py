@@ -62,8 +62,8 @@ class Method(Protocol):
 
     Each side is one module whose only entry is `forward`:
     `generator(batch, draws, fakes_only=False) -> Outputs` and `discriminator(CriticInput) -> CriticOutput`. Outputs is
-    a NamedTuple of the method's own; the critics' input and output are one too, or a tensor. With `fakes_only` the
-    generator makes the same fakes and nothing else, for a discriminator's turn without a shared graph.
+    a NamedTuple of the method's own; the critics' input and output are one too, a dict, or a tensor. With `fakes_only`
+    the generator makes the same fakes and nothing else, for a discriminator's turn without a shared graph.
     """
 
     Config: ClassVar[type[BaseModel]]

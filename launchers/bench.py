@@ -8,7 +8,7 @@ import sys
 from i2i_dist.bench import kernels, report, share, step
 
 COMMANDS = {
-    "step": (step, "one DCLGAN training step beside the same step written plainly"),
+    "step": (step, "one training step of DCLGAN or U-GAT-IT beside the same step written plainly"),
     "kernels": (kernels, "the native ops beside the published formulations, torch.compile and the floor"),
     "share": (share, "the native ops' share of a training step, before and after"),
     "report": (report, "write docs/kernels.md and its plots from the measurements in docs/kernels/"),

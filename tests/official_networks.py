@@ -180,10 +180,14 @@ def random_state(shapes: Shapes, seed: int) -> State:
         if key.endswith(".num_batches_tracked"):
             return torch.tensor(4000 + seed)
         drawn = torch.randn(shape, generator=generator)
+        if key.endswith(".rho"):
+            return drawn.abs().remainder(1.0)
+        if key.endswith((".weight_u", ".weight_v")):
+            return drawn / drawn.norm()
         if key.endswith(".running_var"):
             return drawn.abs() + 0.5
-        if len(shape) == 1:
-            is_scale = key.endswith(".weight")
+        if len(shape) == 1 or shape[2:] == (1, 1) == shape[:1] * 2:
+            is_scale = key.endswith((".weight", ".gamma"))
             return 1.0 + 0.2 * drawn if is_scale else 0.2 * drawn
         return drawn / math.sqrt(math.prod(shape[1:]))
 

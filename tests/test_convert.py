@@ -13,20 +13,25 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2i_dist import checkpoint, official, ops
+from i2i_dist import checkpoint, engine_state, ops
 from i2i_dist.checkpoint import CheckpointError, directory_name
 from i2i_dist.config import ConfigError
 from i2i_dist.convert import from_official, main, to_official
 from i2i_dist.method import Method
 from i2i_dist.methods import METHODS, resolve
+from i2i_dist.official import cyclegan, names
+from i2i_dist.official.networks import NETWORKS
+from i2i_dist.pool import ImagePools
 from i2i_dist.run_directory import check_same_run
 from i2i_dist.translate import load_method
 from i2i_dist.translate import main as translate
+from tests import official_bicyclegan, official_ugatit
 from tests import official_networks as net
-from tests.official_networks import TABLES, State, random_state
+from tests.official_networks import State, random_state
 from tests.ranks import run_ranks
 
 WIDTH = 4
+TABLES = net.TABLES | {"bicyclegan": official_bicyclegan.TABLE, "ugatit": official_ugatit.TABLE}
 Files = dict[str, State]
 
 
@@ -36,12 +41,18 @@ def official_files(method: str, width: int = WIDTH) -> Files:
 
 def write(files: Files, directory: Path, epoch: str = "latest") -> Path:
     directory.mkdir()
+    if any(name.startswith("gen") for name in files):
+        torch.save(files, directory / f"selfie2anime_params_{epoch}.pt")
+        return directory
     for name, state in files.items():
         torch.save(state, directory / f"{epoch}_net_{name}.pth")
     return directory
 
 
 def read(directory: Path, epoch: str = "latest") -> Files:
+    for whole in directory.glob("*.pt"):
+        assert whole.name == f"{directory.name}_params_{epoch.zfill(7) if epoch.isdecimal() else epoch}.pt"
+        return torch.load(whole, weights_only=True)  # type: ignore[no-any-return]
     paths = directory.glob(f"{epoch}_net_*.pth")
     return {path.stem.removeprefix(f"{epoch}_net_"): torch.load(path, weights_only=True) for path in paths}
 
@@ -76,8 +87,8 @@ def converted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, File
 
 
 def test_the_tables_cover_every_method_that_is_converted() -> None:
-    assert official.NETWORKS.keys() == TABLES.keys() <= METHODS.keys()
-    assert all(official.NETWORKS[method].keys() == TABLES[method].keys() for method in TABLES)
+    assert NETWORKS.keys() == TABLES.keys() <= METHODS.keys()
+    assert all(NETWORKS[method].keys() == TABLES[method].keys() for method in TABLES)
 
 
 @pytest.mark.parametrize("method", sorted(TABLES))
@@ -86,24 +97,23 @@ def test_full_size_files_have_these_keys_and_shapes(method: str) -> None:
     method_class, config = resolve({"name": method})
     with torch.device("meta"):
         template = method_class(config, torch.Generator())
-    for name, network in official.NETWORKS[method].items():
+    for name, network in NETWORKS[method].items():
         side, _, inner = network.place.partition(".")
         ours = getattr(template, side).get_submodule(inner).state_dict()
-        found = {}
-        for key, place in official.names(network.tree(config), ours).tensors.items():
-            found[key] = () if place is None else tuple((ours[place] if isinstance(place, str) else place).shape)
+        found, expected_names = {}, names.names(network.tree(config), ours)
+        for key, place in expected_names.tensors.items():
+            shape = () if place is None else tuple((ours[place] if isinstance(place, str) else place).shape)
+            found[key] = (1, *shape, 1, 1) if key in expected_names.columns else shape
         expected = TABLES[method][name](64)
         assert found == expected and list(found) == list(expected), name
-        assert {
-            place for place in official.names(network.tree(config), ours).tensors.values() if type(place) is str
-        } == set(ours)
+        assert {place for place in expected_names.tensors.values() if type(place) is str} == set(ours)
 
 
 def test_the_tables_have_the_published_numbers_of_parameters() -> None:
-    buffers = ("filt", "running_mean", "running_var", "num_batches_tracked")
+    buffers = ("filt", "running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v")
 
-    def count(table: Callable[[int], net.Shapes]) -> int:
-        tensors = {key: torch.empty(shape, device="meta") for key, shape in table(64).items()}
+    def count(table: Callable[..., net.Shapes], **form: Any) -> int:
+        tensors = {key: torch.empty(shape, device="meta") for key, shape in table(64, **form).items()}
         return sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(buffers))
 
     assert count(net.resnet_antialiased) == count(net.resnet_plain) == 11_378_179
@@ -112,6 +122,11 @@ def test_the_tables_have_the_published_numbers_of_parameters() -> None:
     assert count(net.patchgan_batch_norm) == 2_768_705
     assert count(net.unet_256) == 54_413_955
     assert (count(net.heads_of_four), count(net.heads_of_five), count(net.mapping)) == (493_568, 560_384, 10_688)
+    u, b = official_ugatit, official_bicyclegan
+    assert (count(u.generator), count(u.generator, light=True)) == (278_959_808, 10_589_888)
+    assert (count(u.critic, convs=6), count(u.critic, convs=4)) == (53_130_176, 3_290_560)
+    assert (count(b.generator), count(b.generator, levels=7)) == (54_794_627, 42_145_155)
+    assert (count(b.encoder), count(b.encoder, blocks=3), count(b.critic)) == (2_590_032, 1_344_080, 3_458_978)
 
 
 def test_official_to_ours_to_official_is_the_same_to_the_byte(
@@ -229,6 +244,59 @@ def test_pix2pix_computes_what_the_official_networks_do(tmp_path: Path, training
         assert_close(ours.discriminator.critic_b(pair), net.run_patchgan_batch_norm(files["D"], pair))
 
 
+def as_double(state: State) -> State:
+    return {key: tensor.double() for key, tensor in state.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("light", [False, True])
+def test_ugatit_computes_what_the_official_networks_do(tmp_path: Path, light: bool) -> None:
+    files = official_files("ugatit")
+    if light:
+        files |= {name: random_state(official_ugatit.generator(WIDTH, light=True), 7) for name in ("genA2B", "genB2A")}
+    from_official("ugatit", write(files, tmp_path / "official"), tmp_path / "run")
+    # In fp64: the norms of so many layers leave 1e-5 in fp32.
+    ours, files = both_sides(tmp_path / "run"), {name: as_double(state) for name, state in files.items()}
+    ours.generator.double(), ours.discriminator.double()
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, *((96, 128) if light else (256, 256)), dtype=torch.float64).clamp(-1, 1)
+    for name, direction in (("genA2B", "a_to_b"), ("genB2A", "b_to_a")):
+        translation, logits, heat_map = official_ugatit.run_generator(files[name], image)
+        made, attended = ours.attend(image, direction)  # type: ignore[attr-defined]
+        assert_close(made, translation)
+        assert_close(attended, heat_map)
+        assert_close(getattr(ours.generator, f"generator_{direction[0]}{direction[-1]}")(image).logits, logits)
+    critics = {"disGA": "global_a", "disGB": "global_b", "disLA": "local_a", "disLB": "local_b"}
+    for name, place in critics.items():
+        critic, state = getattr(ours.discriminator, place), files[name]
+        for critic_in_training in (False, True, True):
+            state = official_ugatit.iterated(state) if critic_in_training else state
+            for verdict, expected in zip(
+                critic.train(critic_in_training)(image), official_ugatit.run_critic(state, image), strict=True
+            ):
+                torch.testing.assert_close(verdict, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dropping", [True, False])
+def test_bicyclegan_computes_what_the_official_networks_do(tmp_path: Path, dropping: bool) -> None:
+    files = official_files("bicyclegan")
+    from_official("bicyclegan", write(files, tmp_path / "official"), tmp_path / "run")
+    ours = both_sides(tmp_path / "run")
+    torch.manual_seed(0)
+    image, code, unet = torch.randn(2, 3, 256, 256).clamp(-1, 1), torch.randn(2, 8), ours.generator.generator_ab
+    masks = [torch.rand(2, *shape) < 0.5 for shape in unet.dropout_shapes(256, 256)] if dropping else []
+    assert_close(unet(image, code, masks or None), official_bicyclegan.run_generator(files["G"], image, code, masks))
+    for one, expected in zip(
+        ours.generator.encoder(image), official_bicyclegan.run_encoder(files["E"], image), strict=True
+    ):
+        assert_close(one, expected)
+    for name, place in (("D", "critic_encoded"), ("D2", "critic_random")):
+        scales = getattr(ours.discriminator, place)(image)
+        for one, expected in zip(scales, official_bicyclegan.run_critic(files[name], image), strict=True):
+            assert_close(one, expected)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained")
@@ -262,6 +330,50 @@ def test_other_sizes_are_read_off_the_tensors(tmp_path: Path) -> None:
         from_official("cyclegan", write(files, tmp_path / "differing"), tmp_path / "other")
 
 
+def method_section(run: Path) -> dict[str, Any]:
+    section: dict[str, Any] = checkpoint.read_state(checkpoint.find(run)).config["method"]
+    return section
+
+
+def test_sizes_of_ugatit_are_read_off_the_tensors(tmp_path: Path) -> None:
+    u = official_ugatit
+    files = {
+        "genA2B": random_state(u.generator(2, grid=32), 0),
+        "disGA": random_state(u.critic(6, convs=5), 1),
+        "disLB": random_state(u.critic(6, convs=3), 2),
+    }
+    files["genA2B"] = {key: tensor for key, tensor in files["genA2B"].items() if ".12." not in key}
+    files["genA2B"] = {
+        key.replace(".13.", ".12.").replace(".14.", ".13.").replace(".15.", ".14."): tensor
+        for key, tensor in files["genA2B"].items()
+        if not key.startswith("UpBlock1_4.")
+    }
+    from_official("ugatit", write(files, tmp_path / "official"), tmp_path / "run")
+    section = method_section(tmp_path / "run")
+    expected = {"width": 2, "blocks": 3, "light": False, "cam_grid": 32, "critic_width": 6, "preset": "official"}
+    assert section | expected | {"global_layers": 6, "local_layers": 4} == section
+    light = {"genB2A": random_state(u.generator(2, light=True), 0)}
+    from_official("ugatit", write(light, tmp_path / "light"), tmp_path / "other")
+    assert method_section(tmp_path / "other")["light"]
+
+
+def test_sizes_of_bicyclegan_are_read_off_the_tensors(tmp_path: Path) -> None:
+    b = official_bicyclegan
+    critic = {key.replace("model_0.", "model."): shape for key, shape in b.critic(6).items() if "model_1" not in key}
+    critic["model.0.weight"] = (6, 6, 4, 4)
+    files = {
+        "G": random_state(b.generator(2, codes=5, levels=7), 0),
+        "E": random_state(b.encoder(4, codes=5, blocks=3), 1),
+        "D2": random_state(critic, 2),
+    }
+    from_official("bicyclegan", write(files, tmp_path / "official"), tmp_path / "run")
+    expected = {"width": 2, "downs": 7, "style_dim": 5, "encoder_width": 4, "encoder_blocks": 3, "critic_width": 6}
+    expected |= {"critic_scales": 1, "critic_layers": 3, "conditional_critic": True, "model": "bicyclegan"}  # type: ignore[dict-item]
+    assert method_section(tmp_path / "run") | expected == method_section(tmp_path / "run")
+    to_official("bicyclegan", tmp_path / "run", tmp_path / "back")
+    assert_same_bytes(files, read(tmp_path / "back"))
+
+
 # --------------------------------------------------------------------------------------------------- what may differ
 
 
@@ -274,12 +386,12 @@ def test_generators_alone_are_enough(tmp_path: Path, capfd: pytest.CaptureFixtur
     files = {name: state for name, state in official_files("dclgan").items() if name in ("G_A", "G_B")}
     assert main(["--from", "dclgan", str(write(files, tmp_path / "official")), str(tmp_path / "run")]) == 0
     out = capfd.readouterr().out
-    assert "without a file, and so initialised afresh: D_A, D_B, F1, F2\n" in out
+    assert "not there, and so initialised afresh: D_A, D_B, F1, F2\n" in out
     for direction in ("a_to_b", "b_to_a"):
         arguments = [str(tmp_path / "run"), str(picture(tmp_path)), str(tmp_path / direction)]
         assert translate([*arguments, "--direction", direction]) == 0
     assert main(["--to", "dclgan", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
-    assert "without a file, and so left out: D_A, D_B, F1, F2\n" in capfd.readouterr().out
+    assert "not there, and so left out: D_A, D_B, F1, F2\n" in capfd.readouterr().out
     assert_same_bytes(files, read(tmp_path / "back"))
 
 
@@ -298,6 +410,56 @@ def test_one_generator_translates_one_way(
     assert not (tmp_path / "out" / "x.png").exists()
     with pytest.raises(ConfigError, match=f"holds a generator for {direction} only$"):
         load_method(tmp_path / "run", direction=other)  # type: ignore[arg-type]
+
+
+def test_of_ugatit_one_generator_is_enough(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = {"genB2A": random_state(official_ugatit.generator(WIDTH, light=True), 0)}
+    assert main(["--from", "ugatit", str(write(files, tmp_path / "official")), str(tmp_path / "run")]) == 0
+    assert "not there, and so initialised afresh: genA2B, disGA, disGB, disLA, disLB\n" in capfd.readouterr().out
+    arguments = [str(tmp_path / "run"), str(picture(tmp_path)), str(tmp_path / "out"), "--direction"]
+    assert translate([*arguments, "b_to_a"]) == 0 and (tmp_path / "out" / "x.png").exists()
+    assert translate([*arguments, "a_to_b"]) == 2
+    assert "holds a generator for b_to_a only" in capfd.readouterr().err
+    to_official("ugatit", tmp_path / "run", tmp_path / "back")
+    assert_same_bytes(files, read(tmp_path / "back"))
+
+
+def test_bicyclegan_needs_its_encoder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = official_files("bicyclegan")
+    alone = {"G": files["G"], "D": files["D"]}
+    err = refused("bicyclegan", write(alone, tmp_path / "alone"), tmp_path, capfd, code=2)
+    assert (
+        "has no latest_net_E.pth, which bicyclegan translates with beside the generator; such files there: lat" in err
+    )
+    from_official("bicyclegan", write({"G": files["G"], "E": files["E"]}, tmp_path / "official"), tmp_path / "run")
+    arguments = [str(tmp_path / "run"), str(picture(tmp_path)), str(tmp_path / "out")]
+    assert translate(arguments) == 0 and (tmp_path / "out" / "x.png").exists()
+
+
+def test_of_several_files_of_ugatit_the_epoch_says_which(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    old, new = ({"genA2B": random_state(official_ugatit.generator(2, light=True), seed)} for seed in (1, 2))
+    source = write(old, tmp_path / "official", "0100000")
+    torch.save(new, source / "selfie2anime_params_latest.pt")
+    err = refused("ugatit", source, tmp_path, capfd, code=2)
+    assert "has several files that fit: selfie2anime_params_0100000.pt, selfie2anime_params_latest.pt; name one" in err
+    for epoch, files in (("100000", old), ("0100000", old), ("latest", new)):
+        from_official("ugatit", source, tmp_path / f"run_{epoch}", epoch=epoch)
+        to_official("ugatit", tmp_path / f"run_{epoch}", tmp_path / f"back_{epoch}", epoch=epoch)
+        assert_same_bytes(files, read(tmp_path / f"back_{epoch}", epoch))
+    torch.save(new, source / "another_params_latest.pt")
+    with pytest.raises(ConfigError, match=r"several files that fit: another_params_latest\.pt, selfie2anime_params_l"):
+        from_official("ugatit", source, tmp_path / "run", epoch="latest")
+    with pytest.raises(ConfigError, match=r"has no DATASET_params_0000007\.pt; such files there: another_params_late"):
+        from_official("ugatit", source, tmp_path / "run", epoch="7")
+
+
+def test_parts_of_a_file_that_are_not_read_are_named(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "genA2B": random_state(official_ugatit.generator(2, light=True), 0),
+        "optimizer": {"lr": 1},
+    }
+    notes = from_official("ugatit", write(files, tmp_path / "official"), tmp_path / "run").notes
+    assert notes == ("not read, since ugatit has no such network: optimizer",)
 
 
 def test_another_epoch(tmp_path: Path) -> None:
@@ -454,6 +616,62 @@ def test_another_form_of_a_generator_is_refused_with_its_name(
     assert "no cut here has these sizes: " in err and "no feature map is called 'block5'" in err
 
 
+def test_a_part_of_another_network_is_refused_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def err_of(change: Callable[[Files], None], code: int = 1) -> str:
+        files = official_files("ugatit")
+        files |= {name: random_state(official_ugatit.generator(2, light=True), 0) for name in ("genA2B", "genB2A")}
+        change(files)
+        source = write(files, tmp_path / "official")
+        err = refused("ugatit", source, tmp_path, capfd, code)
+        (source / "selfie2anime_params_latest.pt").unlink()
+        source.rmdir()
+        return err
+
+    def swap(files: Files) -> None:
+        files["disGA"], files["disLA"] = files["disLA"], files["disGA"]
+
+    file = "selfie2anime_params_latest.pt"
+    rho = "UpBlock1_2.norm1.rho"
+    assert f"{file}: genB2A is not this network; missing: gap_fc.weight\n" in err_of(
+        lambda files: files["genB2A"].__delitem__("gap_fc.weight")
+    )
+    assert f"{file}: genA2B is not this network; other shapes: {rho} is [8] float32 and not [1, 8, 1, 1] fl" in err_of(
+        lambda files: files["genA2B"].update({rho: files["genA2B"][rho].flatten()})
+    )
+    assert f"{file}: disLA is not this network; missing: conv.weight_v\n" in err_of(
+        lambda files: files["disLA"].__delitem__("conv.weight_v")
+    )
+    assert f"{file}: disGB is not this network; left over: model.1.weight\n" in err_of(
+        lambda files: files["disGB"].update({"model.1.weight": torch.zeros(1)})
+    )
+    assert "disGB is not this network; left over: model.13.bias, " in err_of(swap)
+    mixed = random_state(official_ugatit.generator(2, grid=8), 0)
+    assert "genB2A is not this network; other shapes: FC.0.weight is [8, 512] float32 and not [8, 8] float32" in err_of(
+        lambda files: files.update({"genB2A": mixed})
+    )
+    assert f"{file}: disGA: the entry 'x' of type int is no tensor" in err_of(
+        lambda files: files.update({"disGA": {"x": 3}})  # type: ignore[dict-item]
+    )
+    assert "genA2B does not hold tensors by name, but a list of something else" in err_of(
+        lambda files: files.update({"genA2B": [1]})  # type: ignore[dict-item]
+    )
+
+    def critics_alone(files: Files) -> None:
+        del files["genA2B"], files["genB2A"]
+        files["genA2A"] = {}
+
+    assert f"{file} has no genA2B or genB2A, the generators of ugatit; there are: disGA, " in err_of(critics_alone, 2)
+
+
+def test_generators_of_other_forms_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    grey = official_files("bicyclegan") | {"G": random_state(official_bicyclegan.generator(WIDTH, inputs=1), 0)}
+    err = refused("bicyclegan", write(grey, tmp_path / "grey"), tmp_path, capfd)
+    assert "other shapes: model.down.0.weight is [4, 9, 4, 4] float32 and not [4, 11, 4, 4] float32\n" in err
+    shapes = official_ugatit.generator(2, grid=8) | {"FC.0.weight": (8, 8 * 8 * 6)}  # not square
+    err = refused("ugatit", write({"genA2B": random_state(shapes, 0)}, tmp_path / "oblong"), tmp_path, capfd)
+    assert "other shapes: FC.0.weight is [8, 384] float32 and not [8, 288] float32\n" in err
+
+
 class Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -498,6 +716,10 @@ def test_arguments_that_fit_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
     assert "is no directory" in refused("cut", source / "latest_net_G_A.pth", tmp_path, capfd, code=2)
     err = refused("pix2pix", source, tmp_path, capfd, code=2)
     assert "has no latest_net_G.pth, the generator of pix2pix; such files there: latest_net_D_A.pth, " in err
+    err = refused("ugatit", source, tmp_path, capfd, code=2)
+    assert "has no DATASET_params_latest.pt; such files there: none" in err
+    err = refused("ugatit", tmp_path / "nowhere", tmp_path, capfd, code=2)
+    assert "is no directory; expected one with files such as DATASET_params_latest.pt\n" in err
     (tmp_path / "empty").mkdir()
     assert "such files there: none" in refused("dclgan", tmp_path / "empty", tmp_path, capfd, code=2)
     for arguments in (["--from", "stargan", "a", "b"], ["a", "b"], ["--from", "cut", "--to", "cut", "a", "b"]):
@@ -542,6 +764,27 @@ def test_to_refuses_what_is_no_checkpoint_of_the_method(tmp_path: Path, capfd: p
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"name": "ugatit", "preset": "tensorflow"}, "has bias: True, and the official code of ugatit only knows F"),
+        ({"name": "ugatit", "variance": "biased"}, "has variance: biased, and the official code of ugatit only know"),
+        ({"name": "bicyclegan", "model": "clr_gan"}, "has model: clr_gan, and the official code of bicyclegan only k"),
+    ],
+)  # fmt: skip
+def test_to_refuses_a_form_that_the_official_code_lacks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], section: dict[str, Any], words: str
+) -> None:
+    small = {"width": 2, "critic_width": 4} | ({"light": True} if section["name"] == "ugatit" else {})
+    method_class, config = resolve(small | section)
+    method = method_class(config, torch.Generator().manual_seed(0))
+    state = checkpoint.State(0, 0, 1, {"method": config.model_dump(mode="json")}, {})
+    captured = {side: engine_state.capture_module(getattr(method, side)) for side in ("generator", "discriminator")}
+    checkpoint.write(tmp_path / "run" / "checkpoints", state, captured, ImagePools((), 0, 0), keep=1)
+    assert main(["--to", section["name"], str(tmp_path / "run"), str(tmp_path / "back")]) == 2
+    assert words in capfd.readouterr().err and not (tmp_path / "back").exists()
+
+
 def test_no_run_goes_on_from_converted_weights(tmp_path: Path) -> None:
     from_official("cyclegan", write(official_files("cyclegan"), tmp_path / "official"), tmp_path / "run")
     found = checkpoint.find(tmp_path / "run")
@@ -552,8 +795,8 @@ def test_no_run_goes_on_from_converted_weights(tmp_path: Path) -> None:
 
 def test_upsampling_is_the_official_filter() -> None:
     """The official filter is not ours by name: the networks here interpolate."""
-    filters = official.resnet(2, 1, antialias=True)
-    [first, second] = [leaf for _, leaf in official.leaves(filters) if isinstance(leaf, Tensor) and leaf.size(-1) == 4]
+    filters = cyclegan.resnet(2, 1, antialias=True)
+    [first, second] = [leaf for _, leaf in names.leaves(filters) if isinstance(leaf, Tensor) and leaf.size(-1) == 4]
     assert torch.equal(first, net.UPSAMPLE.expand(8, 1, 4, 4)) and torch.equal(second, net.UPSAMPLE.expand(4, 1, 4, 4))
     x = torch.randn(1, 4, 5, 6)
     ours = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

@@ -1,7 +1,7 @@
-"""Times one DCLGAN training step of ours beside the same step written plainly, and compares their losses.
+"""Times one training step of ours beside the same step written plainly, and compares their losses.
 
 Each form lives in a process of its own, and they take turns step by step, so that both meet the same noise of the
-machine and neither counts the other's memory.
+machine and neither counts the other's memory. What a step launches is counted in one more step that is not timed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from typing import Any
 
 import torch
 
-from i2i_dist.bench.forms import Form, Reply, Size, serve
+from i2i_dist.bench.forms import SUBJECTS, Form, Reply, Request, Size, serve
 
 TOLERANCE = 1e-4  # relative, of the first losses in fp32
 # The adversarial terms meet critics after their first step. The bias of their logits then has a gradient whose real and
 # fake parts cancel (the hinge is active everywhere), and Adam makes a step of up to its rate from what rounding leaves.
 TOLERANCE_AFTER_A_STEP = 1e-3
+# What `launches` counts, by the kind of device: the title of its column, and what that means.
+COUNTED = {
+    "cuda": ("launches", "kernels, copies and fills that the GPU was given"),
+    "cpu": ("operators", "ATen operators that compute, as they are dispatched; each of ours is one"),
+}
 START_LIMIT = 300  # seconds: imports and DeepSpeed's start on a busy machine
 
 
@@ -34,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             raise argparse.ArgumentTypeError(f"given {text}, allowed is 1 or more")
         return int(text)
 
+    parser.add_argument("--method", choices=sorted(SUBJECTS), default="dclgan", help="whose step (default: dclgan)")
     parser.add_argument("--size", type=positive, default=256, help="height and width of the images (default: 256)")
     parser.add_argument("--batch", type=positive, default=1, help="images of each domain in a step (default: 1)")
     parser.add_argument("--width", type=positive, default=64, help="channels of the networks (default: 64)")
@@ -50,6 +56,7 @@ class _Contestant:
     def __init__(self, form: Form, size: Size, device: str, step_limit: int) -> None:
         self.form, self.step_limit = form, step_limit
         self.seconds: list[float] = []
+        self.launches: int | None = None
         self.peak_bytes = 0
         self.failure: str | None = None
         context = multiprocessing.get_context("spawn")
@@ -61,10 +68,7 @@ class _Contestant:
 
     def step(self, images: int) -> Reply:
         """Take one step, unless an earlier one failed."""
-        if self.failure is None:
-            self._pipe.send(images)
-            return self._answer(self.step_limit)
-        return Reply(failure=self.failure)
+        return self._ask(Request(images))
 
     def measure(self, images: int) -> None:
         """Take one step and keep its time."""
@@ -72,12 +76,24 @@ class _Contestant:
         if reply.failure is None:
             self.seconds.append(reply.seconds)
 
+    def count(self, images: int) -> None:
+        """Take one more step, and keep how much it starts."""
+        reply = self._ask(Request(images, counted=True))
+        if reply.failure is None:
+            self.launches = reply.launches
+
     def end(self) -> None:
         """End the process."""
         if self.failure is None:
-            self._pipe.send(0)
+            self._pipe.send(None)
         self._process.join(timeout=30)
         self._process.kill()
+
+    def _ask(self, request: Request) -> Reply:
+        if self.failure is not None:
+            return Reply(failure=self.failure)
+        self._pipe.send(request)
+        return self._answer(self.step_limit)
 
     def _answer(self, limit: int) -> Reply:
         reply = _receive(self._pipe, limit)
@@ -101,6 +117,7 @@ class _Contestant:
             "seconds": times,
             **summary,
             "peak_memory_bytes": self.peak_bytes,
+            "launches": self.launches,
             "failure": self.failure,
         }
 
@@ -120,9 +137,9 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print the table and return the exit status: 1 if the forms' losses differ or ours failed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = Size(options.size, options.batch, options.width)
-    forms = [Form("ours"), Form("eager")]
+    forms = [Form("ours", method=options.method), Form("eager", method=options.method)]
     if device == "cuda" and torch.cuda.is_bf16_supported():
-        forms.append(Form("ours", "bf16"))
+        forms.append(Form("ours", "bf16", options.method))
     contestants = [_Contestant(form, size, device, options.step_limit) for form in forms]
     try:
         # The first step also warms up.
@@ -134,11 +151,14 @@ def run(options: argparse.Namespace) -> int:
                 f"{c.form.name} {c.form.precision} {c.seconds[-1]:.3f} s" for c in contestants if c.seconds
             )
             print(f"round {number + 1} of {options.rounds}: {latest}", file=sys.stderr, flush=True)
+        for contestant in contestants:
+            contestant.count(size.batch)
     finally:
         for contestant in contestants:
             contestant.end()
     result = {
-        "setting": size._asdict() | {"rounds": options.rounds},
+        "setting": {"method": options.method, **size._asdict(), "rounds": options.rounds},
+        "counted": COUNTED[device],
         "machine": next((c.facts for c in contestants if c.facts), {}),
         "forms": [contestant.result() for contestant in contestants],
         "agreement": agreement,
@@ -169,29 +189,35 @@ def _ratios(ours: _Contestant, eager: _Contestant) -> dict[str, float]:
         "time_ratio": statistics.median(eager.seconds) / statistics.median(ours.seconds),
         "fastest_ratio": min(eager.seconds) / min(ours.seconds),  # what other programs on the machine distort least
         "memory_ratio": eager.peak_bytes / max(ours.peak_bytes, 1),
+        **({"launch_ratio": eager.launches / ours.launches} if eager.launches and ours.launches else {}),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as text."""
-    setting, machine = result["setting"], result["machine"]
+    setting, machine, (counted, meaning) = result["setting"], result["machine"], result["counted"]
+    title, pooled = SUBJECTS[setting["method"]].title, setting["method"] == "dclgan" and setting["batch"] > 1
     lines = [
-        "One DCLGAN training step, preset official, {size} x {size}, batch {batch}, width {width}".format(**setting),
-        *(["Negatives: the patches of the whole batch, in all forms"] if setting["batch"] > 1 else []),
+        f"One {title} training step, preset official, "
+        + "{size} x {size}, batch {batch}, width {width}".format(**setting),
+        *(["Negatives: the patches of the whole batch, in all forms"] if pooled else []),
         ", ".join(f"{key} {value}" for key, value in machine.items()),
+        f"{counted}: {meaning}",
         "",
-        f"{'form':<7}{'precision':<11}{'seconds, median (min .. max)':<34}peak memory",
+        f"{'form':<7}{'precision':<11}{'seconds, median (min .. max)':<34}{'peak memory':<14}{counted}",
     ]
     for form in result["forms"]:
         line = f"{form['name']:<7}{form['precision']:<11}"
         if form["seconds"]:
             spread = f"{form['median']:.3f} ({form['min']:.3f} .. {form['max']:.3f})"
-            line += f"{spread:<34}{form['peak_memory_bytes'] / 2**30:.2f} GiB"
+            memory = f"{form['peak_memory_bytes'] / 2**30:.2f} GiB"
+            line += f"{spread:<34}{memory:<14}{'' if form['launches'] is None else form['launches']}"
         lines.append(line + (f"   stopped: {form['failure']}" if form["failure"] else ""))
     lines.append("")
     if "time_ratio" in result:
         words = "{time_ratio:.2f} of the time (fastest steps: {fastest_ratio:.2f}), {memory_ratio:.2f} of the memory"
-        lines.append("eager / ours in fp32: " + words.format(**result))
+        launches = f", {result['launch_ratio']:.2f} of the {counted}" if "launch_ratio" in result else ""
+        lines.append("eager / ours in fp32: " + words.format(**result) + launches)
     return "\n".join([*lines, _verdict(result["agreement"], setting["batch"])])
 
 

@@ -140,26 +140,37 @@ def capture(form: Form, grad: Tensor | None) -> Callable[[], None]:
 
 def count_launches(form: Form, grad: Tensor | None) -> int | None:
     """Count kernels, copies and fills on CUDA, dispatched ops on a CPU; None for compiled loops that no one counts."""
-    if form.leaves[0].device.type == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            run_once(form, grad)
+    device = form.leaves[0].device
+    if device.type != "cuda" and form.compiled is not None:
+        return None
+    return count_started(lambda: run_once(form, grad), device, views=True)
+
+
+def count_started(call: Callable[[], object], device: torch.device, *, views: bool = False) -> int:
+    """Count what a call starts: kernels, copies and fills on CUDA; on a CPU the ATen operators that it dispatches.
+
+    Args:
+        call: What is called once.
+        device: Where it computes.
+        views: On a CPU, whether operators that only look at a tensor in another way count too.
+    """
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
             torch.cuda.synchronize()
         return sum(str(event.device_type).endswith("CUDA") for event in profile.events() or ())
-    if form.compiled is not None:
-        return None
-    with _Counter() as counter:
-        run_once(form, grad)
+    with _Counter(views) as counter:
+        call()
     return int(counter.ops)
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, views: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ops = 0
+        self.ops, self._views = 0, views
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops += 1
+        self.ops += self._views or not function.is_view
         return function(*args, **(kwargs or {}))
 
 

@@ -60,6 +60,13 @@ class Batch(NamedTuple):
     update_position: int
 
 
+def first_and_last(batch: Batch, group: int) -> tuple[Batch, Batch]:
+    """Return the first and the last sample of every `group` consecutive ones; with groups of one, the batch twice."""
+    places = (slice(0, None, group), slice(group - 1, None, group))
+    first, last = (Batch(batch.a[at], batch.b[at], batch.positions[at], batch.update_position) for at in places)
+    return first, last
+
+
 def to_device(host: HostBatch, device: torch.device) -> Batch:
     """Copy the uint8 images to the device and normalise them there: `x / 127.5 - 1`, channels first.
 

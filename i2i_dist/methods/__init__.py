@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from i2i_dist.config import ConfigError, validate
 from i2i_dist.method import Method
+from i2i_dist.methods.bicyclegan import BicycleGAN
 from i2i_dist.methods.cut import CUT
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
@@ -18,6 +19,7 @@ from i2i_dist.methods.simdcl import SimDCL
 from i2i_dist.methods.ugatit import UGATIT
 
 METHODS: dict[str, type[Method]] = {
+    "bicyclegan": BicycleGAN,
     "cut": CUT,
     "cyclegan": CycleGAN,
     "dclgan": DCLGAN,

@@ -72,7 +72,7 @@ class UNetGenerator(nn.Module):
         Raises:
             ValueError: For a size that does not fit.
         """
-        self._check_size(image)
+        check_size(image, len(self.downs))
         x, skips = self.downs[0](image), []
         for level, down in enumerate(list(self.downs)[1:]):
             # The authors' rectifier works in place, so what skips the inner stages has gone through it.
@@ -91,11 +91,17 @@ class UNetGenerator(nn.Module):
         translated: Tensor = self.to_image(x).tanh()
         return translated
 
-    def _check_size(self, image: Tensor) -> None:
-        height, width = image.shape[-2:]
-        if height % self.multiple or width % self.multiple or not height * width:
-            fit = " x ".join(str(max(1, -(-side // self.multiple)) * self.multiple) for side in (height, width))
-            raise ValueError(
-                f"the U-Net was given images of {height} x {width}; with {len(self.downs)} halvings height and width "
-                f"must be multiples of {self.multiple}. Pad them to {fit}, crop or resize them, or use fewer halvings."
-            )
+
+def check_size(image: Tensor, downs: int) -> None:
+    """Refuse images [N, C, H, W] that cannot be halved `downs` times.
+
+    Raises:
+        ValueError: With the size that fits.
+    """
+    (height, width), multiple = image.shape[-2:], 2**downs
+    if height % multiple or width % multiple or not height * width:
+        fit = " x ".join(str(max(1, -(-side // multiple)) * multiple) for side in (height, width))
+        raise ValueError(
+            f"the U-Net was given images of {height} x {width}; with {downs} halvings height and width "
+            f"must be multiples of {multiple}. Pad them to {fit}, crop or resize them, or use fewer halvings."
+        )

@@ -15,20 +15,32 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from i2i_dist.bench import eager_dclgan, facts, step
-from i2i_dist.bench.forms import Form, Reply, Size
+from i2i_dist.bench import eager_dclgan, eager_ugatit, facts, step
+from i2i_dist.bench.forms import Form, Reply, Request, Size
+from i2i_dist.bench.timing import count_started
 from i2i_dist.draws import Draws
 from i2i_dist.losses.patch_nce import patch_nce
 from i2i_dist.methods import resolve
+from tests import official_ugatit
 from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+# The deepest critic of U-GAT-IT takes no smaller images.
+SIZES = {"dclgan": 32, "ugatit": 96}
+TITLES = {
+    "dclgan": "One DCLGAN training step, preset official",
+    "ugatit": "One U-GAT-IT light training step, preset of",
+}
+
+
+@pytest.fixture(scope="module", params=[("dclgan", 1), ("dclgan", 2), ("ugatit", 1), ("ugatit", 2)], ids=str)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     target = tmp_path_factory.mktemp("bench") / "step.json"
-    options = ["--size", "32", "--width", "4", "--rounds", "1", "--json", str(target), "--batch", str(request.param)]
+    method, batch = request.param
+    options = ["--width", "4", "--rounds", "1", "--json", str(target), "--batch", str(batch)]
+    options += ["--size", str(SIZES[method]), *([] if method == "dclgan" else ["--method", method])]
     # As if a launcher had started it: the bench is one rank all the same.
     environment = rank_environment(rank=1, world=2, port=1)
     command = [sys.executable, str(ROOT / "launchers" / "bench.py"), "step", *options]
@@ -39,38 +51,47 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_the_table_says_what_was_measured_and_where(bench: tuple[str, dict[str, Any]]) -> None:
     table, result = bench
-    batch = result["setting"]["batch"]
+    method, batch, size = (result["setting"][key] for key in ("method", "batch", "size"))
+    launches = [form["launches"] for form in result["forms"]]
     for words in (
-        f"32 x 32, batch {batch}, width 4",
+        TITLES[method],
+        f"{size} x {size}, batch {batch}, width 4",
         "threads 1",
         "ours   fp32",
         "eager  fp32",
-        "GiB",
+        f"GiB      {launches[0]}\n",
+        f"GiB      {launches[1]}\n",
+        "operators: ATen operators that compute, as they are dispatched",
+        f", {launches[1] / launches[0]:.2f} of the operators\n",
         f"losses at batch {batch} agree",
     ):
         assert words in table
     assert torch.__version__ in table
-    assert ("Negatives: the patches of the whole batch" in table) == (batch > 1)
+    assert ("Negatives: the patches of the whole batch" in table) == (method == "dclgan" and batch > 1)
 
 
 def test_the_file_holds_every_sample(bench: tuple[str, dict[str, Any]]) -> None:
     _, result = bench
-    assert result["setting"] in [{"size": 32, "batch": batch, "width": 4, "rounds": 1} for batch in (1, 2)]
+    method, batch = result["setting"]["method"], result["setting"]["batch"]
+    assert result["setting"] == {"method": method, "size": SIZES[method], "batch": batch, "width": 4, "rounds": 1}
     assert result["machine"].keys() == {"device", "threads", "torch", "commit"}
     for form in result["forms"]:
         assert len(form["seconds"]) == 1 and form["min"] == form["median"] == form["max"] > 0
-        assert form["peak_memory_bytes"] > 0 and form["failure"] is None
+        assert form["peak_memory_bytes"] > 0 and form["failure"] is None and form["method"] == method
     ours, eager = result["forms"][:2]
     assert (ours["name"], ours["precision"], eager["name"], eager["precision"]) == ("ours", "fp32", "eager", "fp32")
     assert result["time_ratio"] == pytest.approx(eager["median"] / ours["median"])
     assert result["memory_ratio"] == pytest.approx(eager["peak_memory_bytes"] / ours["peak_memory_bytes"])
+    assert result["counted"][0] == "operators"
+    assert eager["launches"] > ours["launches"] > 100
+    assert result["launch_ratio"] == pytest.approx(eager["launches"] / ours["launches"])
 
 
 def test_the_forms_agree_from_the_first_step(bench: tuple[str, dict[str, Any]]) -> None:
     _, result = bench
     agreement = result["agreement"]
     assert agreement["ours"].keys() == agreement["eager"].keys()
-    assert len(agreement["ours"]) == 8
+    assert len(agreement["ours"]) == {"dclgan": 8, "ugatit": 10}[result["setting"]["method"]]
     assert agreement["relative_difference"] <= 1e-5
 
 
@@ -98,6 +119,83 @@ def test_eager_patch_nce_takes_the_whole_batch_as_one_group() -> None:
     torch.testing.assert_close(eager_dclgan.patch_nce(query, key, 0.07), expected)
 
 
+def small_ugatit() -> eager_ugatit.EagerUGATIT:
+    method, config = resolve({"name": "ugatit", "width": 4, "critic_width": 4, "light": True})
+    return eager_ugatit.EagerUGATIT(method(config, torch.Generator().manual_seed(0)), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_the_eager_form_of_ugatit_is_the_whole_step() -> None:
+    """All its networks learn, are as large as those of the paper, and see as many images as there."""
+    eager = small_ugatit()
+    networks = {**eager.generators, **eager.critics}
+    calls = dict.fromkeys(networks, 0)
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
+    for name, network in networks.items():
+        network.register_forward_pre_hook(lambda *_, name=name: count(name))
+    a, b = torch.rand(2, 1, 3, 96, 96).mul(2).sub(1)
+    assert all(torch.isfinite(loss) for loss in eager.step(a, b, Draws(0, 0)).values())
+    assert calls == dict.fromkeys(eager.generators, 4) | dict.fromkeys(eager.critics, 3)
+    for name, network in networks.items():
+        weights = [(p, old) for p, old in zip(network.parameters(), before[name], strict=True) if p.dim() > 1]
+        assert not any(torch.equal(p, old) for p, old in weights if old.any()), name
+    sizes = [eager_ugatit.Generator(64, 4), eager_ugatit.Critic(64, 5), eager_ugatit.Critic(64, 3)]
+    assert [sum(p.numel() for p in m.parameters()) for m in sizes] == [10_589_888, 53_130_176, 3_290_560]
+
+
+def test_the_eager_form_of_ugatit_saves_nothing_that_the_released_code_does_not() -> None:
+    """Neither loss is kept from the networks of the other side, and both optimizers decay all weights."""
+    eager = small_ugatit()
+    a, b = torch.rand(2, 1, 3, 96, 96).mul(2).sub(1)
+    eager._train_critics(a, b)
+    assert all(p.grad is not None for p in eager.generators.parameters())
+    eager.optimizer_d.zero_grad()
+    eager._train_generators(a, b)
+    assert all(p.grad is not None for p in eager.critics.parameters())
+    for optimizer in (eager.optimizer_g, eager.optimizer_d):
+        [group] = optimizer.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.5, 0.999), 1e-4)
+
+
+@torch.no_grad()
+def test_the_eager_networks_of_ugatit_are_the_official_ones() -> None:
+    """In fp64, where a variance divided by n instead of n - 1 would show."""
+    eager = small_ugatit()
+    eager.generators.double()
+    eager.critics.double()
+    image = torch.rand(2, 3, 96, 128, dtype=torch.float64).mul(2).sub(1)
+    for generator in eager.generators.values():
+        expected = official_ugatit.run_generator(generator.state_dict(), image)
+        torch.testing.assert_close(tuple(generator(image)), expected, rtol=0, atol=1e-10)
+    for critic in eager.critics.values():
+        for state in (official_ugatit.iterated(critic.state_dict()), official_ugatit.iterated(critic.state_dict(), 2)):
+            seen = critic(image)
+            torch.testing.assert_close(tuple(seen[:2]), official_ugatit.run_critic(state, image), rtol=0, atol=1e-10)
+
+
+def test_the_eager_form_keeps_rho_in_its_bounds() -> None:
+    eager = small_ugatit()
+    rhos = [p for name, p in eager.generators.named_parameters() if name.endswith(".rho")]
+    with torch.no_grad():
+        for rho in rhos:
+            rho.copy_(torch.linspace(-1.0, 2.0, rho.numel()).view_as(rho))
+    a, b = torch.rand(2, 1, 3, 96, 96).mul(2).sub(1)
+    eager.step(a, b, Draws(0, 0))
+    assert len(rhos) == 20 and all(rho.min() == 0 and rho.max() == 1 for rho in rhos)
+
+
+def test_what_is_counted_on_a_cpu_is_what_computes() -> None:
+    x = torch.ones(4, 6, requires_grad=True)
+    cpu = torch.device("cpu")
+    assert count_started(lambda: x.detach().view(24)[:3], cpu) == 0
+    assert count_started(lambda: x.detach().view(24)[:3], cpu, views=True) == 3
+    forward = count_started(lambda: (x.exp() + 1).sum(), cpu)
+    assert count_started(lambda: (x.exp() + 1).sum().backward(), cpu) > forward == 3
+
+
 def options(**changes: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     step.add_arguments(parser)
@@ -108,11 +206,12 @@ def gives_up(pipe: Connection, form: Form, size: Size, device: str) -> None:
     """Stands in for a form's process: ours answers; the eager form runs out of memory in its third step."""
     pipe.send(Reply(facts={"device": "none"}))
     number = 0
-    while pipe.recv():
+    while (request := pipe.recv()) is not None:
         if form.name == "eager" and number == 2:
             pipe.send(Reply(failure="RuntimeError: not enough memory"))
             return
-        pipe.send(Reply(0.5, {"nce_ab": 1.0}, 2**30))
+        assert request == Request(2, counted=number == 3)
+        pipe.send(Reply(0.5, {"nce_ab": 1.0}, 2**30, 77))
         number += 1
 
 
@@ -133,7 +232,9 @@ def test_a_form_that_runs_out_of_memory_is_reported(
     monkeypatch.setattr(step, "serve", gives_up)
     assert step.run(options(batch=2)) == 0
     printed = capsys.readouterr().out
-    assert "0.500 (0.500 .. 0.500)" in printed and "stopped: RuntimeError: not enough memory" in printed
+    [ours] = [line for line in printed.splitlines() if line.startswith("ours")]
+    assert "0.500 (0.500 .. 0.500)" in ours and ours.endswith("1.00 GiB      77")
+    assert "stopped: RuntimeError: not enough memory" in printed and "of the operators" not in printed
 
 
 @pytest.mark.parametrize(

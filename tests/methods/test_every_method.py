@@ -109,7 +109,7 @@ def test_the_critics_learn_from_detached_fakes_and_the_generators_from_their_own
         for outputs in shown[side]:
             for field in method.fakes:
                 fake = getattr(outputs, field)
-                assert fake.shape == (GLOBAL_BATCH // parts, 3, SIZE, SIZE)
+                assert fake.shape == (GLOBAL_BATCH // parts // method.group, 3, SIZE, SIZE)
                 assert fake.requires_grad == (side == "generator")
     for outputs in shown["discriminator"]:
         rest = {field: value for field, value in outputs._asdict().items() if field not in method.fakes}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.methods.cases import cut, cyclegan, dclgan, pix2pix, simdcl, ugatit
+from tests.methods.cases import bicyclegan, cut, cyclegan, dclgan, pix2pix, simdcl, ugatit
 
 
 class Case(NamedTuple):
@@ -28,6 +28,7 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "bicyclegan": Case(bicyclegan.SMALL, bicyclegan.step),
     "cut": Case(cut.SMALL, cut.step),
     "cyclegan": Case(cyclegan.SMALL, cyclegan.step),
     "dclgan": Case(dclgan.SMALL, dclgan.step),

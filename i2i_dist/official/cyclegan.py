@@ -1,102 +1,13 @@
-"""How the authors' PyTorch code of CycleGAN, pix2pix, CUT and DCLGAN names its networks and their tensors.
-
-There every network is an `nn.Sequential`, so a tensor's name is the position of its layer. The trees below write these
-sequences down in their order, with the name that a layer has here at each position; the positions follow by counting.
-"""
+"""Networks of the authors' code of CycleGAN and pix2pix, of CUT, DCLGAN and SimDCL, which are built on it."""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from enum import Enum
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from i2i_dist.method import Direction
 from i2i_dist.networks.blocks import BlurDownsample
-
-TensorsByName = Mapping[str, Tensor]
-
-
-class Norm(Enum):
-    """A norm without parameters."""
-
-    INSTANCE = "instance"
-
-
-class BatchNorm(NamedTuple):
-    """A batch norm, by its name here; there it also counts the batches it has seen."""
-
-    name: str
-
-
-# A layer by its name here, a fixed filter [C, 1, k, k], a norm, or a layer that stores nothing.
-Leaf = str | Tensor | Norm | BatchNorm | None
-# Or a sequence, or a module with named parts.
-Tree = Leaf | list["Tree"] | dict[str, "Tree"]
-
-
-class Network(NamedTuple):
-    """One network of the official code.
-
-    Attributes:
-        place: Where it is here, for example "generator.generator_ab".
-        tree: From the method's hyperparameters to its layers.
-        sizes: From its tensors to the hyperparameters that can be read off them; for want of a tensor it says nothing.
-        direction: Which way it translates, if it does.
-        taps: Whether its layers stand for feature maps of a generator, the configuration's `nce_layers`.
-    """
-
-    place: str
-    tree: Callable[[Any], Tree]
-    sizes: Callable[[TensorsByName], dict[str, int]]
-    direction: Direction | None = None
-    taps: bool = False
-
-
-def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
-    """Yield the official name of every layer, and what it is, in the official order."""
-    if isinstance(tree, list | dict):
-        for name, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(part, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, tree
-
-
-class Names(NamedTuple):
-    """What the file of one network holds.
-
-    Attributes:
-        tensors: Official name -> the name in our module, or the fixed filter that has to be there; in official order.
-            None for a batch norm's count of batches, int64 [], which decides nothing.
-        unread: Official names of statistics of instance norms: files of PyTorch before 0.4 hold them, nothing reads
-            them.
-    """
-
-    tensors: dict[str, str | Tensor | None]
-    unread: frozenset[str]
-
-
-def names(tree: Tree, ours: Collection[str]) -> Names:
-    """Return what the official file of a network holds whose tensors have the names `ours` here."""
-    tensors: dict[str, str | Tensor | None] = {}
-    unread: set[str] = set()
-    for official, leaf in leaves(tree):
-        if isinstance(leaf, Tensor):
-            tensors[f"{official}.filt"] = leaf
-        elif isinstance(leaf, Norm):
-            unread |= {f"{official}.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-        elif leaf is not None:
-            layer = leaf.name if isinstance(leaf, BatchNorm) else leaf
-            tensors |= {official + name[len(layer) :]: name for name in ours if name.startswith(f"{layer}.")}
-            if isinstance(leaf, BatchNorm):
-                tensors[f"{official}.num_batches_tracked"] = None
-    return Names(tensors, frozenset(unread))
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
+from i2i_dist.official.names import BatchNorm, Network, Norm, TensorsByName, Tree, count, outputs
 
 
 def _blur(channels: int) -> Tensor:
@@ -152,33 +63,22 @@ def mapping() -> Tree:
     return {"model": ["conv", None, None, None, "hidden", None, "to_vector"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------- sizes
-
-
-def _outputs(tensors: TensorsByName, name: str, hyperparameter: str) -> dict[str, int]:
-    tensor = tensors.get(name)
-    return {} if tensor is None or not tensor.dim() else {hyperparameter: tensor.shape[0]}
-
-
 def _resnet_sizes(tensors: TensorsByName) -> dict[str, int]:
-    blocks = sum(re.fullmatch(r"model\.\d+\.conv_block\.1\.weight", name) is not None for name in tensors)
-    return _outputs(tensors, "model.1.weight", "width") | ({"blocks": blocks} if blocks else {})
+    blocks = count(tensors, r"model\.\d+\.conv_block\.1\.weight")
+    return outputs(tensors, "model.1.weight", "width") | ({"blocks": blocks} if blocks else {})
 
 
 def _unet_sizes(tensors: TensorsByName) -> dict[str, int]:
-    inner = sum(re.fullmatch(r"model\.model\.1\.model(\.3\.model)*\.1\.weight", name) is not None for name in tensors)
-    return _outputs(tensors, "model.model.0.weight", "width") | ({"downs": inner + 1} if inner else {})
+    inner = count(tensors, r"model\.model\.1\.model(\.3\.model)*\.1\.weight")
+    return outputs(tensors, "model.model.0.weight", "width") | ({"downs": inner + 1} if inner else {})
 
 
 def _critic_sizes(tensors: TensorsByName) -> dict[str, int]:
-    return _outputs(tensors, "model.0.weight", "critic_width")
+    return outputs(tensors, "model.0.weight", "critic_width")
 
 
 def _head_sizes(tensors: TensorsByName) -> dict[str, int]:
-    return _outputs(tensors, "mlp_0.0.weight", "head_dim")
-
-
-# -------------------------------------------------------------------------------------------------------------- methods
+    return outputs(tensors, "mlp_0.0.weight", "head_dim")
 
 
 def _generator(place: str, direction: Direction, *, antialias: bool) -> Network:
@@ -230,6 +130,3 @@ NETWORKS: dict[str, dict[str, Network]] = {
         "F6": _mapping("generator.mapping_fake_a"),
     },
 }
-
-# CycleGAN is published as one generator for each direction, under the name that the authors' one-way test reads.
-LONE_GENERATOR = {"cyclegan": ("G", "G_A")}
