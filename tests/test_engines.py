@@ -256,19 +256,24 @@ def late_nan_matrix() -> dict[str, Any]:
     return results
 
 
+def pool_size(name: str) -> int:
+    """A pool takes one fake for each sample, which there are not where samples come in groups."""
+    return GLOBAL_BATCH // 2 if small_method(name).group == 1 else 0
+
+
 def resumed(name: str, stage: int, directory: Path) -> dict[str, list[str]]:
     """Train, save, go on in other engines that have restored it, and name the files that differ from going on in these.
 
     The pools are full after the first update, so what they hold matters.
     """
-    half, end = STEPS // 2, STEPS
+    half, end, pool = STEPS // 2, STEPS, pool_size(name)
     half_name, end_name = (directory_name(steps * GLOBAL_BATCH) for steps in (half, end))
-    trainer = Trainer(small_method(name), stage, pool=GLOBAL_BATCH // 2)
+    trainer = Trainer(small_method(name), stage, pool)
     trainer.train(0, half)
     assert trainer.save(directory / "whole", half) is None
     trainer.train(half, end)
     assert trainer.save(directory / "whole", end) is None
-    trainer = Trainer(small_method(name, seed=7), stage, pool=GLOBAL_BATCH // 2)
+    trainer = Trainer(small_method(name, seed=7), stage, pool)
     trainer.restore(directory / "whole" / half_name)
     trainer.train(half, end)
     assert trainer.save(directory / "resumed", end) is None
@@ -346,7 +351,7 @@ def test_adams_first_gradients_are_those_of_a_plain_loop(results: dict[str, Any]
 def test_resumed_training_ends_in_the_same_bytes(results: dict[str, Any], name: str, stage: int) -> None:
     """Weights, moments, averages, buffers, and the pools of both ranks."""
     found = results[f"{name} {stage} files"]
-    pools = ["pool_rank_0000.safetensors", "pool_rank_0001.safetensors"]
+    pools = ["pool_rank_0000.safetensors", "pool_rank_0001.safetensors"] if pool_size(name) else []
     assert found["trained"] == ["discriminator.safetensors", "generator.safetensors", *pools]
     assert found["resumed"] == []
 

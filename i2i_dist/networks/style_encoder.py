@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from i2i_dist.networks.projection import ExactLinear
 from i2i_dist.ops import instance_norm_act
 
 
@@ -49,8 +49,8 @@ class StyleEncoder(nn.Module):
         self.smallest = 2 ** (blocks + 1)
         self.stem = nn.Conv2d(in_channels, width, 4, stride=2, padding=1)
         self.blocks = nn.ModuleList(HalvingBlock(before, after) for before, after in itertools.pairwise(widths))
-        self.to_mean = nn.Linear(widths[-1], style_dim)
-        self.to_logvar = nn.Linear(widths[-1], style_dim) if variance else None
+        self.to_mean = ExactLinear(widths[-1], style_dim)
+        self.to_logvar = ExactLinear(widths[-1], style_dim) if variance else None
 
     def forward(self, image: Tensor) -> Gaussian:
         """Encode `image`.
@@ -74,7 +74,7 @@ class StyleEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = F.leaky_relu(x, 0.2).mean((2, 3))
-        return Gaussian(_exact(self.to_mean(x)), None if self.to_logvar is None else _exact(self.to_logvar(x)))
+        return Gaussian(self.to_mean(x), None if self.to_logvar is None else self.to_logvar(x))
 
 
 class HalvingBlock(nn.Module):
@@ -95,7 +95,3 @@ class HalvingBlock(nn.Module):
         branch = self.conv2(instance_norm_act(branch, activation="leaky_relu"))
         halved: Tensor = F.avg_pool2d(branch, 2) + self.shortcut(F.avg_pool2d(x, 2))
         return halved
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

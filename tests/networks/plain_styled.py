@@ -51,7 +51,7 @@ def encode(network: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
     pooled = F.avg_pool2d(F.leaky_relu(x, 0.2), (x.size(2), x.size(3))).flatten(1)
 
     def linear(layer: Any) -> Tensor:
-        return F.linear(pooled, layer.weight, layer.bias)
+        return pooled @ layer.weight.to(pooled.dtype).T + layer.bias.to(pooled.dtype)
 
     return linear(network.to_mean), None if network.to_logvar is None else linear(network.to_logvar)
 
