@@ -113,7 +113,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         flip=config.data.flip,
         full_size_from=None if config.data.decay_jitter else schedule.decay_starts,
     )
-    inputs = on_every_rank(lambda: _sample_inputs(config, sources) if ranks.rank == 0 else {})
+    inputs = on_every_rank(lambda: _sample_inputs(config, sources, pairs) if ranks.rank == 0 else {})
     return Run(
         settings=settings,
         ranks=ranks,
@@ -127,7 +127,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         sides=sides,
         ema=ema,
         pools=pools,
-        sampler=Sampler(replica, sides["generator"], ema, inputs),
+        sampler=Sampler(replica, sides["generator"], ema, inputs, config.output.sample_styles),
         resumed_from=found,
     )
 
@@ -280,15 +280,18 @@ def _start(settings: Settings, sources: Mapping[str, Source], found: Path | None
     return saved._replace(world=ranks.world, config=resolved)
 
 
-def _sample_inputs(config: RunConfig, training: Mapping[str, Source]) -> dict[str, Tensor]:
+def _sample_inputs(config: RunConfig, training: Mapping[str, Source], pairs: bool) -> dict[str, Tensor]:
     """Take the pictures of sample grids from testA and testB where they can be read, else from the training images."""
-    count, size = config.output.sample_images, config.data.crop_size
-    inputs = fixed_inputs(training, count, size)
-    for domain in training:
-        name = f"test{domain.upper()}"
+    count, size, root = config.output.sample_images, config.data.crop_size, Path(config.data.root)
+    inputs: dict[str, Tensor] = {}
+    for domains in [list(training)] if pairs else [[domain] for domain in training]:
         try:
-            inputs |= fixed_inputs({domain: open_source(Path(config.data.root), name)}, count, size)
+            sources = {domain: open_source(root, f"test{domain.upper()}") for domain in domains}
+            if pairs:
+                sources["b"] = paired(sources["a"], sources["b"])
+            inputs |= fixed_inputs(sources, count, size)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            _log.warning("Sample grids show training images of domain %s, for %s", domain, reason)
+            named, reason = " and ".join(domains), str(error).splitlines()[0]
+            _log.warning("Sample grids show training images of domain %s, for %s", named, reason)
+            inputs |= fixed_inputs({domain: training[domain] for domain in domains}, count, size)
     return inputs

@@ -97,6 +97,7 @@ class OutputConfig(Section):
     log_every_images: Positive = 100
     sample_every_images: Positive = 5_000
     sample_images: Annotated[int, Field(ge=1, le=32)] = 6  # pictures of each domain in a sample grid
+    sample_styles: Annotated[int, Field(ge=1, le=16)] = 4  # translations of each, where a method has many for a picture
     checkpoint_every_images: Positive = 5_000
     keep_checkpoints: Positive = 3
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = 9410  # Prometheus on 127.0.0.1; null switches it off

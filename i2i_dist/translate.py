@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,13 +18,15 @@ from i2i_dist import checkpoint
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import BadData
-from i2i_dist.data.decode import FORMATS, decode_image
+from i2i_dist.data.decode import FORMATS
 from i2i_dist.data.folders import image_paths
 from i2i_dist.method import Direction, Method
 from i2i_dist.methods import resolve
+from i2i_dist.renderings import Options, Renderer, Result, padded, read_picture
 from i2i_dist.telemetry.samples import to_uint8
 
 Weights = Literal["ema", "last"]
+_PLAIN = Options()
 
 
 def load_method(path: Path, weights: Weights = "ema", direction: Direction | None = None) -> Method:
@@ -52,12 +55,6 @@ def load_method(path: Path, weights: Weights = "ema", direction: Direction | Non
     return method
 
 
-def _reflected(side: int, multiple: int) -> Tensor:
-    """Return the rows of an image of `side` rows that make it a multiple: 0 1 2 3, then 2 1 0 1 2 3 2 ..."""
-    rows = torch.arange(-(-side // multiple) * multiple) % (2 * side - 2)
-    return torch.minimum(rows, 2 * side - 2 - rows)
-
-
 @torch.no_grad()
 def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
     """Translate one image of any size.
@@ -75,13 +72,8 @@ def translate(method: Method, image: Tensor, direction: Direction) -> Tensor:
         ValueError: A direction that the method does not have, or a side shorter than 8 pixels.
     """
     _check_direction(method, direction)
-    height, width, _ = image.shape
-    if min(height, width) < 8:
-        raise ValueError(f"{width}x{height} pixels; both sides must have at least 8")
-    normalised = image.permute(2, 0, 1)[None].float() / 127.5 - 1.0
-    rows, columns = (_reflected(side, method.multiple).to(image.device) for side in (height, width))
-    padded = normalised[:, :, rows][:, :, :, columns]
-    return method.translate(padded, direction)[:, :, :height, :width]
+    picture = padded(image, method.multiple)
+    return picture.cropped(method.translate(picture.image, direction))
 
 
 def _check_direction(method: Method, direction: Direction) -> None:
@@ -113,49 +105,64 @@ def _writable_formats() -> dict[str, str]:
     return {suffix: name for suffix, name in extensions.items() if name in FORMATS and name in Image.SAVE}
 
 
-def _save(pixels: Tensor, target: Path, file_format: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    options = {"quality": 95} if file_format in ("JPEG", "WEBP") else {}
-    Image.fromarray(to_uint8(pixels)[0]).save(temporary, format=file_format, **options)
-    os.replace(temporary, target)
+def _save(result: Result, target: Path, file_format: str) -> None:
+    """Write a result below the folder `target`, whole or not at all; raises BadData with the reason why it cannot."""
+    path = target / result.name
+    temporary = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, result.values.cpu().numpy())
+        else:
+            options = {"quality": 95} if file_format in ("JPEG", "WEBP") else {}
+            Image.fromarray(to_uint8(result.values)[0]).save(temporary, format=file_format, **options)
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise BadData(f"the result cannot be written: {error}") from error
 
 
-def _translate_file(method: Method, path: Path, target: Path, direction: Direction, device: torch.device) -> bool:
-    """Translate one file into another; return whether it was padded. Raises BadData with what is wrong with it."""
+def _translate_file(renderer: Renderer, path: Path, name: Path, target: Path, device: torch.device) -> Tensor:
+    """Write the results of one file; return the picture. Raises BadData with what is wrong with it."""
     writable = _writable_formats()
-    file_format = writable.get(target.suffix.lower())
-    if file_format is None:
-        found = f"the suffix '{target.suffix}'" if target.suffix else "no suffix"
+    if name.suffix.lower() not in writable:
+        found = f"the suffix '{name.suffix}'" if name.suffix else "no suffix"
         raise BadData(
             f"the result keeps the name, which has {found}; pictures can be written as {', '.join(sorted(writable))}"
         )
+    image = read_picture(path)
+    height, width, _ = image.shape
     try:
-        image = torch.from_numpy(decode_image(path.read_bytes()))
-        height, width, _ = image.shape
-    except OSError as error:
-        raise BadData(f"cannot be read: {error.strerror}") from error
-    try:
-        translated = translate(method, image.to(device), direction)
+        for result in renderer.make(image.to(device), name):
+            _save(result, target, writable.get(result.name.suffix.lower(), ""))
     except ValueError as error:
         raise BadData(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         # What is known to end here is memory, for which a picture may be too large while the next one is not.
         first_line = str(error).strip().partition("\n")[0]
         raise BadData(f"its {width}x{height} pixels could not be translated: {first_line}") from error
-    try:
-        _save(translated, target, file_format)
-    except (OSError, ValueError) as error:
-        raise BadData(f"the result cannot be written: {error}") from error
-    return bool(height % method.multiple or width % method.multiple)
+    return image
 
 
-def translate_all(method: Method, source: Path, target: Path, direction: Direction) -> int:
+def _check_names(pictures: Sequence[tuple[Path, Path]], renderer: Renderer) -> None:
+    """Refuse pictures of which the result of one would replace that of another."""
+    owners: dict[Path, Path] = {}
+    for path, name in pictures:
+        for result in renderer.names(name):
+            other = owners.setdefault(result, path)
+            if other != path:
+                raise ConfigError(
+                    f"both {other} and {path} would be translated into {result}; rename one of them, or translate them "
+                    "into folders of their own"
+                )
+
+
+def translate_all(method: Method, source: Path, target: Path, direction: Direction, options: Options = _PLAIN) -> int:
     """Translate a picture, or all pictures of a folder at any depth, into the folder `target`; return the exit code.
 
     Raises:
-        ConfigError: The method does not translate that way, there is no picture, or the results would be among the
-            pictures.
+        ConfigError: The method does not translate that way or cannot do what the options say, there is no picture, or
+            the results would be among the pictures or replace one another.
     """
     _check_direction(method, direction)
     pictures = _pictures(source)
@@ -164,32 +171,76 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
     _check_target(source, target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.generator.to(device)
-    failed, padded = 0, 0
+    renderer = Renderer(method, direction, options, device)
+    _check_names(pictures, renderer)
+    failed, uneven = 0, 0
     for path, name in pictures:
         try:
-            padded += _translate_file(method, path, target / name, direction, device)
+            height, width, _ = _translate_file(renderer, path, name, target, device).shape
+            uneven += bool(height % method.multiple or width % method.multiple)
         except BadData as error:
             failed += 1
             print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
-    if padded:
+    if uneven:
         needed = method.multiple
-        print(f"{padded} pictures had a side that is no multiple of {needed}: padded by reflection and cropped back")
+        print(f"{uneven} pictures had a side that is no multiple of {needed}: padded by reflection and cropped back")
+    if renderer.diversities:
+        mean = sum(renderer.diversities) / len(renderer.diversities)
+        print(
+            f"diversity {mean:.3f}: mean absolute difference of two samples of a picture, of values in [0, 255], over "
+            f"all pairs of {options.samples} samples and {len(renderer.diversities)} pictures"
+        )
     print(f"{len(pictures) - failed} pictures translated into {target}" + (f", {failed} left out" if failed else ""))
     return 1 if failed else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Translate; return the exit code: 0 done, 1 some pictures or the checkpoint are unusable, 2 wrong arguments."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="translate.py", description="Translate pictures with a trained generator.")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest one")
     parser.add_argument("source", type=Path, help="a picture, or a folder of pictures of any depth")
     parser.add_argument("target", type=Path, help="folder for the translated pictures, which keep their names")
     parser.add_argument("--direction", choices=["a_to_b", "b_to_a"], default="a_to_b")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged (default) or last weights")
-    options = parser.parse_args(arguments)
+    attentive = parser.add_argument_group("methods that tell where they look (U-GAT-IT)")
+    attentive.add_argument(
+        "--attention",
+        action="store_true",
+        help="beside each translation its heat map: NAME_attention.png in colours, from the least to the greatest "
+        "value of each map, and NAME_attention.npy, the values themselves (float32 [h, w], not one for each pixel)",
+    )
+    styled = parser.add_argument_group(
+        "methods with many translations for a picture, one for each code (BicycleGAN)",
+        "without any of these a picture is translated with the code 0; all but --interpolate go together",
+    )
+    styled.add_argument(
+        "--samples", type=int, metavar="N",
+        help="NAME_01 to NAME_N: translations with drawn codes, the same for every picture and whatever N is; from "
+        "N = 2 on the mean difference between them is printed",
+    )  # fmt: skip
+    styled.add_argument("--seed", type=int, metavar="S", help="what --samples draws its codes from (default: 0)")
+    styled.add_argument(
+        "--style", type=Path, action="append", default=[], metavar="FILE",
+        help="NAME_FILE: the translation with the code of this picture of the target domain; may be repeated",
+    )  # fmt: skip
+    styled.add_argument(
+        "--encoded", type=Path, metavar="FOLDER",
+        help="NAME_encoded: the translation with the code of the picture's partner, of the same name in FOLDER",
+    )  # fmt: skip
+    styled.add_argument(
+        "--interpolate", type=int, metavar="N",
+        help="NAME_01 to NAME_N: from one code to another in N steps, both included, in place of the translations with "
+        "these two; they are those of --samples 2 or of two --style files",
+    )  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Translate; return the exit code: 0 done, 1 some pictures or the checkpoint are unusable, 2 wrong arguments."""
+    given = _parser().parse_args(arguments)
+    options = Options(given.attention, given.samples, given.seed, tuple(given.style), given.encoded, given.interpolate)
     try:
-        method = load_method(options.checkpoint, options.weights, options.direction)
-        return translate_all(method, options.source, options.target, options.direction)
+        method = load_method(given.checkpoint, given.weights, given.direction)
+        return translate_all(method, given.source, given.target, given.direction, options)
     except (ConfigError, CheckpointError) as error:
         print(f"translate.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

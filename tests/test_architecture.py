@@ -25,7 +25,7 @@ TIERS = [
     {"methods"},
     {"engines"},
     {"ema", "step", "memory"},
-    {"telemetry", "checkpoint"},
+    {"telemetry", "checkpoint", "styles"},
     {"run_directory", "sampling"},
     {"assembly", "translate", "convert"},
     {"train"},
@@ -38,6 +38,7 @@ ALIASES = {
     "canonical": "checkpoint",
     "command_line": "run_directory",
     "official": "convert",
+    "renderings": "translate",
 }
 # These are functions of tensors: they know neither data nor configuration nor each other.
 PURE = {"ops": set(), "networks": {"ops"}, "losses": {"ops"}}

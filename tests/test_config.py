@@ -356,7 +356,7 @@ def test_nothing_but_a_configuration_or_an_error_comes_out(tmp_path: Path) -> No
 def test_damaged_text_is_refused_or_read(tmp_path: Path) -> None:
     text = yaml.safe_dump(full_tree(), sort_keys=False)
     counts = {"refused": 0, "valid": 0}
-    for number in range(200):
+    for number in range(400):
         chance = random.Random(number)
         characters = list(text)
         for _ in range(chance.choice((1, 1, 1, 5))):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from i2i_dist import checkpoint
+from i2i_dist import checkpoint, renderings
 from i2i_dist import translate as translate_module
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
@@ -18,8 +18,9 @@ from i2i_dist.data.decode import decode_image
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import SIDES, Direction, Method
+from i2i_dist.method import SIDES, Direction
 from i2i_dist.methods import resolve
+from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.pool import ImagePools
 from i2i_dist.translate import load_method, main, translate
 from tests.ranks import run_ranks
@@ -78,7 +79,7 @@ def test_any_size_comes_out_as_it_went_in(run: Path, height: int, width: int) ->
 
 @pytest.mark.parametrize(("side", "multiple"), [(9, 4), (8, 4), (13, 16), (8, 256), (300, 256)])
 def test_padding_reflects_as_often_as_it_takes(side: int, multiple: int) -> None:
-    rows = translate_module._reflected(side, multiple)
+    rows = renderings._reflected(side, multiple)
     assert len(rows) % multiple == 0 and 0 <= len(rows) - side < multiple
     expected = torch.arange(side, dtype=torch.float32)[None, None]
     while (missing := len(rows) - expected.size(2)) > 0:
@@ -167,14 +168,14 @@ def test_a_picture_that_memory_cannot_hold_is_left_out_alone(
     source.mkdir()
     for name, width in (("a.png", 16), ("b.png", 32), ("c.png", 16)):
         Image.new("RGB", (width, 16)).save(source / name)
-    possible = translate_module.translate
+    possible = CycleGAN.translate
 
-    def out_of_memory(method: Method, image: torch.Tensor, direction: Direction) -> torch.Tensor:
-        if image.shape[1] == 32:
+    def out_of_memory(method: CycleGAN, image: torch.Tensor, direction: Direction) -> torch.Tensor:
+        if image.shape[-1] == 32:
             raise torch.OutOfMemoryError("out of memory.\nmore lines")
         return possible(method, image, direction)
 
-    monkeypatch.setattr(translate_module, "translate", out_of_memory)
+    monkeypatch.setattr(CycleGAN, "translate", out_of_memory)
     assert main([str(run), str(source), str(tmp_path / "out")]) == 1
     err = capfd.readouterr().err
     assert err == f"{source / 'b.png'}: left out: its 32x16 pixels could not be translated: out of memory.\n"
