@@ -16,12 +16,14 @@ from i2i_dist import checkpoint, engines, ops, run_directory
 from i2i_dist.agreement import on_every_rank
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError, RunConfig
+from i2i_dist.data.batch import Batch
 from i2i_dist.data.folders import open_source
 from i2i_dist.data.index import Source
 from i2i_dist.data.pairs import paired
 from i2i_dist.data.reader import Reader
 from i2i_dist.data.transforms import Transform
 from i2i_dist.distributed import Ranks, from_first_rank, gather_texts
+from i2i_dist.draws import Draws
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, SideEngine
 from i2i_dist.method import SIDES, Method
@@ -72,6 +74,43 @@ class Run(NamedTuple):
     pools: ImagePools
     sampler: Sampler
     resumed_from: Path | None
+
+
+def check_sizes(settings: Settings) -> None:
+    """Try an update with the configuration's crop on the meta device, where nothing is allocated or computed.
+
+    Call it before the process group is there: batch norm and the like then ask no other rank.
+
+    Raises:
+        ConfigError: A network cannot take pictures of that size; the message is the network's own.
+    """
+    config, crop = settings.config, settings.config.data.crop_size
+    with torch.device("meta"):
+        method = settings.method_class(settings.method_config, torch.Generator())
+        _check_multiple(config, method.multiple)
+        samples = method.group * min(2, -(-config.train.global_batch // method.group))
+        pictures = torch.empty(samples, 3, crop, crop)
+    batch = Batch(pictures, pictures, torch.arange(samples), 0)
+    try:
+        with torch.no_grad():
+            outputs = method.generator(batch, Draws(0, 0))
+            method.generator_loss(batch, outputs, method.discriminator, 0)
+            method.discriminator_loss(batch, outputs, method.discriminator, 0)
+    except ValueError as error:
+        raise ConfigError(f"data.crop_size: given {crop}, which does not fit: {error}") from None
+
+
+def _check_multiple(config: RunConfig, multiple: int) -> None:
+    """Refuse a crop that the networks cannot halve often enough."""
+    crop, load = config.data.crop_size, config.data.load_size
+    if crop % multiple:
+        fits = max(1, crop // multiple) * multiple
+        raise ConfigError(
+            f"data.crop_size: given {crop}, allowed with the networks of this method is a multiple of {multiple}; for "
+            f"example --set data.crop_size={fits}"
+            + (f" --set data.load_size={fits}" if fits > load else "")
+            + (", or fewer halvings: --set method.downs=N asks for multiples of 2 ** N" if multiple > 4 else "")
+        )
 
 
 def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str) -> Run:
@@ -226,15 +265,6 @@ def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
             f"together; the batch of each rank and pass must be a multiple of {method.group}, for example "
             f"--set train.global_batch={method.group * layout.world}"
             + (f" --set train.micro_batch={method.group}" if config.train.micro_batch else "")
-        )
-    crop, load, multiple = config.data.crop_size, config.data.load_size, method.multiple
-    if crop % multiple:
-        fits = max(1, crop // multiple) * multiple
-        raise ConfigError(
-            f"data.crop_size: given {crop}, allowed with the networks of this method is a multiple of {multiple}; for "
-            f"example --set data.crop_size={fits}"
-            + (f" --set data.load_size={fits}" if fits > load else "")
-            + (", or fewer halvings: --set method.downs=N asks for multiples of 2 ** N" if multiple > 4 else "")
         )
 
 

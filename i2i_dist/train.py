@@ -21,7 +21,7 @@ from torch import Tensor
 
 from i2i_dist import __version__, checkpoint, config, engine_state, engines, ops, run_directory
 from i2i_dist.agreement import on_every_rank, on_first_rank
-from i2i_dist.assembly import Run, Settings, assemble, plan
+from i2i_dist.assembly import Run, Settings, assemble, check_sizes, plan
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.command_line import parse, resume_command
 from i2i_dist.config import ConfigError
@@ -344,6 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         loaded = config.load(options.config, options.settings)
         method_class, method_config = resolve(loaded.method)
+        directory = run_directory.choose(options.run, options.config, options.fresh)
+        settings = Settings(loaded, method_class, method_config, directory)
+        check_sizes(settings)
         if options.dry_run:
             if rank == 0:
                 print(config.dump(loaded, method_config), end="")
@@ -352,8 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ranks = adopt_environment(os.environ)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        directory = run_directory.choose(options.run, options.config, options.fresh)
-        return _train(options, Settings(loaded, method_class, method_config, directory), ranks, arguments)
+        return _train(options, settings, ranks, arguments)
     except (ConfigError, CheckpointError, TrainingError) as error:  # the same on every rank
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2i_dist.networks.spectral_norm import SpectralLayer
+from i2i_dist.ops.precision import outside_autocast
 
 
 class Classifier(nn.Linear):
@@ -21,7 +22,7 @@ class Classifier(nn.Linear):
 
     def _judged(self, pooled: Tensor, weight: Tensor, handed_out: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(torch.promote_types(pooled.dtype, weight.dtype), torch.float32)
-        with torch.autocast(pooled.device.type, enabled=False):
+        with outside_autocast(pooled):
             logits = F.linear(pooled.to(dtype), weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         # A new tensor: ZeRO 3 frees the parameter when this module is done.
         return logits, handed_out[0].clone() if self.bias is None else handed_out[0] + self.bias

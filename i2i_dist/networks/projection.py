@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2i_dist import ops
+from i2i_dist.ops.precision import outside_autocast
 
 
 def take(features: Tensor, ids: Tensor) -> Tensor:
@@ -75,5 +76,5 @@ class ExactLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` `[..., in_features]` to `[..., out_features]`, fp32 (fp64 if either `x` or the weights are)."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x):
             return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))

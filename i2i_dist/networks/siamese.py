@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from i2i_dist import ops
 from i2i_dist.networks.projection import ExactLinear
+from i2i_dist.ops.precision import outside_autocast
 
 
 class MappingNet(nn.Module):
@@ -51,7 +52,7 @@ class MappingNet(nn.Module):
                 f"[N, P, D] with P and D at least 3. A layer with fewer locations than patches has P = its locations: "
                 f"ask for fewer patches, leave the layer out, or use larger images."
             )
-        with torch.autocast(features[0].device.type, enabled=False):
+        with outside_autocast(features[0]):
             stacked = torch.stack([ops.l2_normalize(layer, 1e-7) for layer in features], dim=1)  # [N, L, P, D]
             x = F.relu(self.conv(stacked)).mean((2, 3))
             return ops.l2_normalize(self.to_vector(F.relu(self.hidden(x))), 1e-7)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from i2i_dist.ops.precision import outside_autocast
+
 _EPS = 1e-12
 
 
@@ -45,7 +47,7 @@ class SpectralLayer(nn.Module):
 
     def normalised_weight(self) -> Tensor:
         """Return `weight / sigma`, after one power iteration if in training; for the layer's own forward."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with outside_autocast(self.weight):
             matrix = self.weight.flatten(1)
             if self.training:
                 with torch.no_grad():

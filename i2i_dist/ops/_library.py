@@ -80,6 +80,8 @@ def use_native(op: str, device_type: str) -> bool:
     Raises:
         ValueError: If I2I_DIST_OPS is `native` and there is no kernel, or if its value is not known.
     """
+    if device_type == "meta":  # nothing is computed there, so nothing has to be native
+        return False
     choice = choose(op, device_type)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False

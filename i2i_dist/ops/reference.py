@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from i2i_dist.ops.precision import outside_autocast
+
 
 def l2_normalize(x: Tensor, eps: float = 1e-7) -> Tensor:
     """Divide every row of `x` `[..., C]` by (its Euclidean norm + eps).
@@ -29,7 +31,7 @@ def patch_nce_loss(
     diagonal: float | None = None,
 ) -> Tensor:
     """Return each row's loss `[Nq]`; `i2i_dist.ops.patch_nce_loss` says what the arguments mean."""
-    with torch.autocast(query.device.type, enabled=False):
+    with outside_autocast(query):
         q = l2_normalize(query, eps).unflatten(0, (groups, -1))  # [G, P, C]
         k = l2_normalize(key, eps).unflatten(0, (groups, -1))  # [G, K, C]
         similarity = q @ k.mT  # [G, P, K]

@@ -232,7 +232,7 @@ def test_several_micro_batches_are_refused() -> None:
 )
 def test_crops_that_cannot_be_halved_are_refused(crop: int, load: int, advice: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        assembly._check_fits(run_config(crop_size=crop, load_size=load), build(), Layout(1, 1, 1))
+        assembly._check_multiple(run_config(crop_size=crop, load_size=load), build().multiple)
     assert f"data.crop_size: given {crop}, allowed" in str(caught.value) and advice in str(caught.value)
 
 

@@ -1,0 +1,73 @@
+"""What a run cannot be made from is refused before it takes memory, data or other ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from i2i_dist.assembly import Settings, check_sizes
+from i2i_dist.config import ConfigError, RunConfig, validate
+from i2i_dist.methods import METHODS, resolve
+from i2i_dist.train import main
+from tests.methods.cases import CASES
+from tests.methods.cases.common import SIZE
+
+
+def settings(section: dict[str, Any], crop: int, **train: Any) -> Settings:
+    tree = {
+        "method": section, "data": {"root": "nowhere", "load_size": crop, "crop_size": crop}, "train": train,
+    }  # fmt: skip
+    return Settings(validate(RunConfig, tree), *resolve(section), Path("nowhere"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_full_size_is_tried_without_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device alone, and where only kernels may run."""
+    monkeypatch.setenv("I2I_DIST_OPS", "native")
+    devices: set[str] = set()
+    method_class = METHODS[name]
+
+    class Noted(method_class):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            devices.update(p.device.type for side in (self.generator, self.discriminator) for p in side.parameters())
+
+    tried = settings({"name": name}, 256)
+    check_sizes(tried._replace(method_class=Noted))
+    assert devices == {"meta"}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4096])
+@pytest.mark.parametrize("name", METHODS)
+def test_small_methods_take_the_size_that_tests_train_them_with(name: str, batch: int) -> None:
+    check_sizes(settings({"name": name, **CASES[name].small}, SIZE, global_batch=batch))
+
+
+@pytest.mark.parametrize(
+    ("section", "crop", "says"),
+    [
+        ({"name": "bicyclegan", "downs": 5}, 32, "2 scales of 3 layers they must be at least 47 x 47"),
+        ({"name": "ugatit"}, 64, "with 7 layers they must be at least 96 x 96"),
+        ({"name": "simdcl"}, 24, "layers of shapes .* ask for fewer patches"),
+        ({"name": "pix2pix"}, 100, "allowed with the networks of this method is a multiple of 256"),
+        ({"name": "pix2pix", "downs": 3, "critic_width": 4}, 24, None),
+    ],
+)
+def test_a_crop_that_a_network_cannot_take_is_refused(section: dict[str, Any], crop: int, says: str | None) -> None:
+    state = torch.get_rng_state()
+    if says is None:
+        check_sizes(settings(section, crop))
+    else:
+        with pytest.raises(ConfigError, match=rf"data\.crop_size: given {crop}, .*{says}"):
+            check_sizes(settings(section, crop))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_dry_run_says_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("method: {name: ugatit}\ndata: {root: nowhere, load_size: 64, crop_size: 64}\n")
+    assert main(["--config", str(path), "--dry-run"]) == 2
+    assert "they must be at least 96 x 96" in capsys.readouterr().err
