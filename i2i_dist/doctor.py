@@ -17,7 +17,7 @@ import i2i_dist
 from i2i_dist import ops
 from i2i_dist.bench.facts import machine_facts
 from i2i_dist.config import ConfigError, load
-from i2i_dist.memory import SideMemory, side_memory
+from i2i_dist.memory import SideMemory, offloaded_memory, side_memory
 from i2i_dist.methods import resolve
 
 
@@ -106,7 +106,8 @@ def memory_report(config: Path, settings: Sequence[str], ranks: int) -> list[str
         lines.append(f"{'ZeRO':<6}" + "".join(f"{column:>12}" for column in columns))
         for stage in range(4):
             memory = side_memory(module, groups, stage, ranks, averaged)
-            offloaded = [memory.whole - memory.offloaded, memory.offloaded] if stage else []
+            offloaded = offloaded_memory(module, groups, stage, ranks, averaged) if stage else ()
             cells = [*memory, memory.whole, *offloaded]
             lines.append(f"{stage:<6}" + "".join(f"{cell / 2**30:>12.2f}" for cell in cells))
-    return lines
+    copied = 4 * sum(parameter.numel() for parameter in method.generator.parameters()) / 2**30
+    return [*lines, "", f"Rank 0 also has a copy of the generator's side for sample grids: {copied:.2f} GiB."]
