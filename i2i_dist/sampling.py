@@ -52,7 +52,7 @@ def fixed_inputs(sources: Mapping[str, Source], count: int, size: int) -> dict[s
     if not found:
         names = " and ".join(source.name for source in sources.values())
         raise ValueError(f"none of the {total} images in {names} can be read")
-    return {domain: torch.stack(found) for domain, found in pictures.items()}
+    return {domain: torch.stack(images) for domain, images in pictures.items()}
 
 
 def _picture(source: Source, index: int, size: int) -> Tensor:

@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     styled = parser.add_argument_group(
         "methods with many translations for a picture, one for each code (BicycleGAN)",
-        "without any of these a picture is translated with the code 0; all but --interpolate go together",
+        "without any of these a picture is translated with the code 0, which is the most likely one",
     )
     styled.add_argument(
         "--samples", type=int, metavar="N",

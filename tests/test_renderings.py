@@ -89,6 +89,20 @@ def test_places_beyond_the_picture_are_no_part_of_the_array(tmp_path: Path, monk
     assert pixels(tmp_path / "out" / "x_attention.png").shape == (12, 17, 3)
 
 
+@pytest.mark.parametrize(("size", "uneven"), [((16, 16), 0), ((16, 12), 1), ((12, 16), 1)])
+def test_padding_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    size: tuple[int, int],
+    uneven: int,
+) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", size).save(tmp_path / "in" / "x.png")
+    assert run(monkeypatch, Watching(), tmp_path / "in", "--attention") == 0
+    assert ("1 pictures had a side that is no multiple of 8" in capfd.readouterr().out) == bool(uneven)
+
+
 # --------------------------------------------------------------------------------------------------------------- styles
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,14 +109,14 @@ class Drawn:
         self.seen: list[int] = []
         monkeypatch.setattr(sampling, "write_grid", lambda path, rows: self.rows.append(dict(rows)))
         self.rows: list[dict[str, torch.Tensor]] = []
-        live: Any = SimpleNamespace(
+        self.side: Any = SimpleNamespace(
             device=torch.device("cpu"), module=fake.generator, autocast=lambda: contextlib.nullcontext()
         )
         average: Any = SimpleNamespace(load_into=_halve)
         for name in ("translate", "attend", "translate_styled", "encode"):
             if hasattr(fake, name):
                 setattr(fake, name, self._noted(getattr(fake, name)))
-        self.sampler = Sampler(as_method(fake), live, average, self.inputs, style_count)
+        self.sampler = Sampler(as_method(fake), self.side, average, self.inputs, style_count)
 
     def _noted(self, function: Any) -> Any:
         def noted(image: torch.Tensor, *rest: Any) -> Any:
@@ -166,6 +167,18 @@ def test_a_paired_method_shows_the_true_partners(monkeypatch: pytest.MonkeyPatch
     sheet = drawn.sheet(tmp_path / "sheet.png")
     assert list(sheet) == ["A", "B", "A to B"]
     assert torch.equal(sheet["B"], drawn.inputs["b"])
+
+
+def test_buffers_are_those_that_training_has_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn = Drawn(monkeypatch, fake := small_method("pix2pix"))
+    live = copy.deepcopy(fake.generator)
+    counted = {name: buffer for name, buffer in live.named_buffers() if "mean" in name}
+    assert counted
+    for buffer in counted.values():
+        buffer.fill_(7)
+    drawn.side.module = live
+    drawn.sheet(tmp_path / "sheet.png")
+    assert all((buffer == 7).all() for name, buffer in fake.generator.named_buffers() if name in counted)
 
 
 def test_a_sheet_of_the_most_rows_and_columns_is_written(tmp_path: Path) -> None:
