@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -97,10 +98,11 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
     start = on_every_rank(lambda: _start(settings, sources, found, ranks))
 
+    with torch.device("meta"):  # what does not fit is refused before memory for it is asked for
+        _check_fits(config, settings.method_class(settings.method_config, torch.Generator()), layout)
     init = torch.Generator()
     method = settings.method_class(settings.method_config, init.manual_seed(seed))
     replica = settings.method_class(settings.method_config, init.manual_seed(seed)) if ranks.rank == 0 else None
-    _check_fits(config, method, layout)
     sides = _engines(config, method, layout, device)
     ema = Ema(sides["generator"], config.train.ema_half_life_images)
     pools = ImagePools(method.fakes, method.pool_size, seed)
@@ -235,6 +237,17 @@ def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
             f"example --set data.crop_size={fits}"
             + (f" --set data.load_size={fits}" if fits > load else "")
             + (", or fewer halvings: --set method.downs=N asks for multiples of 2 ** N" if multiple > 4 else "")
+        )
+    # Critics say themselves what they need; a part of one never needs more than the whole.
+    smallest = max(getattr(module, "smallest", 1) for module in method.discriminator.modules())
+    if crop < smallest:
+        step = math.lcm(multiple, 4)
+        fits = -(-smallest // step) * step
+        raise ConfigError(
+            f"data.crop_size: given {crop}, allowed with the critics of this method is {smallest} or more; for example "
+            f"--set data.crop_size={fits}"
+            + (f" --set data.load_size={fits}" if fits > load else "")
+            + ", or critics of fewer layers or scales"
         )
 
 

@@ -483,3 +483,6 @@ def test_what_does_not_fit_is_refused() -> None:
     assembly._check_fits(config, build("cvae_gan"), Layout(1, 2, 2))
     with pytest.raises(ConfigError, match=r"train\.micro_batch: given 1, .* 2 consecutive .* train\.global_batch=4"):
         assembly._check_fits(config, build(), Layout(1, 2, 2))
+    too_deep = build(critic_layers=3, critic_scales=3)
+    with pytest.raises(ConfigError, match=r"crop_size: given 64, .* is 93 or more; .*crop_size=128 .*load_size=128"):
+        assembly._check_fits(config, too_deep, Layout(2, 1, 1))
