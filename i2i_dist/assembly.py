@@ -260,11 +260,14 @@ def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
             "on the whole global batch, which then is not in one pass; leave train.micro_batch out"
         )
     if layout.micro_batch % method.group:
+        key = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
+        given = config.train.micro_batch or config.train.global_batch
+        fits = -(-layout.micro_batch // method.group) * method.group
         raise ConfigError(
-            f"train.micro_batch: given {layout.micro_batch}, but this method puts {method.group} consecutive samples "
-            f"together; the batch of each rank and pass must be a multiple of {method.group}, for example "
-            f"--set train.global_batch={method.group * layout.world}"
-            + (f" --set train.micro_batch={method.group}" if config.train.micro_batch else "")
+            f"{key}: given {given}, but this method puts {method.group} consecutive samples together; the batch of "
+            f"each rank and pass must be a multiple of {method.group}, for example "
+            f"--set train.global_batch={fits * layout.accumulation * layout.world}"
+            + (f" --set train.micro_batch={fits}" if config.train.micro_batch else "")
         )
 
 

@@ -28,14 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="also say what memory its networks' state needs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of it")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that the state is spread over")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks that the state is spread over (default: 1)")
     options = parser.parse_args(arguments)
     try:
         lines, healthy = report()
         if options.config is not None:
-            lines += ["", *memory_report(options.config, options.set, options.ranks)]
-        elif options.set:
-            raise ConfigError("--set changes a key of a configuration; name one with --config FILE")
+            lines += ["", *memory_report(options.config, options.set, 1 if options.ranks is None else options.ranks)]
+        elif options.set or options.ranks is not None:
+            raise ConfigError("--set and --ranks belong to a configuration; name one with --config FILE")
     except ValueError as error:
         print(f"doctor.py: {error}", file=sys.stderr)
         return 2

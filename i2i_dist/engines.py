@@ -164,9 +164,9 @@ class _SideOptimizer:
         result = super().step(closure)  # type: ignore[misc]
         with torch.no_grad():
             for group in self.param_groups:
-                if group["bounds"] is not None:
-                    for values in group["params"]:
-                        values.clamp_(*group["bounds"])
+                if group["bounds"] is not None and group["params"]:
+                    torch._foreach_clamp_min_(group["params"], group["bounds"][0])
+                    torch._foreach_clamp_max_(group["params"], group["bounds"][1])
         return result
 
 

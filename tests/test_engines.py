@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from i2i_dist import assembly
 from i2i_dist.checkpoint import directory_name
-from i2i_dist.config import ConfigError, DataConfig, RunConfig
+from i2i_dist.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from i2i_dist.data.batch import Batch
 from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.engine_state import capture, persistent_buffers
@@ -418,10 +418,11 @@ def test_accumulation_is_refused_where_a_loss_depends_on_the_whole_batch(name: s
 
 
 def test_a_batch_that_cuts_groups_apart_is_refused() -> None:
-    config = RunConfig(method={"name": "cyclegan"}, data=DataConfig(root="nowhere"))
+    train = TrainConfig(global_batch=12)
+    config = RunConfig(method={"name": "cyclegan"}, data=DataConfig(root="nowhere"), train=train)
     method = small_method("cyclegan")
     method.group = 2
-    with pytest.raises(ConfigError, match=r"train\.micro_batch: given 3, .* 2 consecutive .* train\.global_batch=8"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch: given 12, .* 2 consecutive .*global_batch=16$"):
         assembly._check_fits(config, method, Layout(3, 1, 4))
     assembly._check_fits(config, method, Layout(4, 1, 4))
 

@@ -212,6 +212,7 @@ def test_the_report_adds_up_and_allocates_nothing(monkeypatch: pytest.MonkeyPatc
         (["--config", "nowhere.yaml"], "there is no configuration nowhere.yaml"),
         (["--config", str(CONFIG), "--set", "method.widht=3"], "did you mean 'width'?"),
         (["--set", "method.width=3"], "name one with --config FILE"),
+        (["--ranks", "8"], "name one with --config FILE"),
     ],
 )
 def test_what_cannot_be_computed_is_told_in_a_sentence(

@@ -7,15 +7,12 @@ two, or pix2pix + noise, the baseline without an encoder.
 
 `official`, the only preset, has the losses and optimizers of the authors' PyTorch code. Its "batch size 1" are two
 pictures: of each pair of consecutive samples the first is translated with both codes, and the second is what the second
-critic sees as real. The text is not known to differ in anything that could be set here. Until 2020 that code made two
-steps of the generator in each update, one for the latent term alone, which is not here.
+critic sees as real. Until 2020 that code made two steps of the generator in each update, which is not here. KL is a sum
+over the numbers of a code and a mean over pictures; the authors' code adds up pictures too, more the larger the batch.
 
-The latent term reaches the generator and not the encoder, or the two would hide the code in the picture (paper, section
-4). The authors backpropagate it on its own; here the encoder is frozen while it reads the drawn code, and all terms are
-one backward. In cLR-GAN it trains the encoder too, as nothing else would (section 3.3).
-
-KL is a sum over the numbers of a code and a mean over pictures. The authors' code adds up pictures as well: the same at
-its batch of two, and more the larger the batch.
+The latent term reaches the generator and not the encoder, or the two would hide the code in the picture. The authors
+backpropagate it on its own; here the encoder is frozen while it reads the drawn code, and all terms are one backward.
+In cLR-GAN it trains the encoder too, as nothing else would.
 """
 
 from __future__ import annotations
@@ -46,6 +43,11 @@ CODES: Mapping[str, tuple[str, ...]] = {
     "clr_gan": ("random",),
     "pix2pix_noise": ("random",),
 }
+UNUSED: Mapping[str, tuple[str, ...]] = {  # weights of terms that a model does not have
+    "cvae_gan": ("lambda_gan_random", "lambda_latent"),
+    "clr_gan": ("lambda_gan", "lambda_l1", "lambda_kl"),
+    "pix2pix_noise": ("lambda_gan", "lambda_kl", "lambda_latent"),
+}
 
 
 class Hyperparameters(Section):
@@ -74,12 +76,13 @@ class Hyperparameters(Section):
     betas: tuple[Beta, Beta] = (0.5, 0.999)
 
     @model_validator(mode="after")
-    def _encoder_fits(self) -> Hyperparameters:
+    def _model_fits(self) -> Hyperparameters:
+        for key in UNUSED.get(self.model, ()):
+            if (given := getattr(self, key)) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: given {given}, but the model {self.model} has no such term; leave it out")
         if self.model != "pix2pix_noise" and self.encoder_blocks >= self.downs:
-            raise ValueError(
-                f"encoder_blocks: given {self.encoder_blocks}, allowed with downs={self.downs} is at most "
-                f"{self.downs - 1}: the encoder must not halve a picture more often than the generator"
-            )
+            # Otherwise it would halve pictures more often than the generator.
+            raise ValueError(f"encoder_blocks: given {self.encoder_blocks}, allowed is less than downs={self.downs}")
         return self
 
 
@@ -108,9 +111,8 @@ class Generators(nn.Module):
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         super().__init__()
         self.model, self.codes, self.rate = config.model, CODES[config.model], config.dropout
-        self.generator_ab = StyledUNetGenerator(
-            style_dim=config.style_dim, width=config.width, downs=config.downs, dropout=config.dropout
-        )
+        keys = ("style_dim", "width", "downs", "dropout")
+        self.generator_ab = StyledUNetGenerator(**{key: getattr(config, key) for key in keys})
         self.encoder: StyleEncoder | None = None
         if config.model != "pix2pix_noise":
             size = {"style_dim": config.style_dim, "width": config.encoder_width, "blocks": config.encoder_blocks}
@@ -194,7 +196,7 @@ class BicycleGAN:
         }
 
     def generator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
-        """Return the adversarial terms, L1, KL and latent term (paper, section 3.4), or what the model has of them."""
+        """Return the adversarial terms, L1, KL and latent term, or what the model has of them."""
         config, (given, _) = self.config, first_and_last(batch, self.group)
         fakes = {code: getattr(outputs, f"fake_{code}") for code in self.codes}
         logits = judge({code: self._with_source(given.a, fake) for code, fake in fakes.items()})

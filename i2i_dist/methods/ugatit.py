@@ -30,7 +30,7 @@ from i2i_dist.networks.attention_critic import AttentiveCritic, CriticInput, Fou
 from i2i_dist.networks.critics import DomainPair
 from i2i_dist.networks.init import initialise
 
-Depth = Annotated[int, Field(ge=3)]
+Depth = Annotated[int, Field(ge=3, le=14)]  # 14 is what the largest pictures allow
 
 
 class Hyperparameters(Section):

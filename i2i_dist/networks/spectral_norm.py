@@ -52,9 +52,12 @@ class SpectralLayer(nn.Module):
             if self.training:
                 with torch.no_grad():
                     F.normalize(torch.mv(matrix.T, self.u), dim=0, eps=_EPS, out=self.v)
-                    F.normalize(torch.mv(matrix, self.v), dim=0, eps=_EPS, out=self.u)
             # Copies, since the next forward overwrites the vectors before this one's backward.
-            sigma = torch.dot(self.u.clone(), torch.mv(matrix, self.v.clone()))
+            stretched = torch.mv(matrix, self.v.clone())
+            if self.training:
+                with torch.no_grad():
+                    F.normalize(stretched, dim=0, eps=_EPS, out=self.u)
+            sigma = torch.dot(self.u.clone(), stretched)
             return self.weight / sigma
 
 

@@ -475,11 +475,31 @@ def test_the_generator_has_the_first_turn(model: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="encoder_blocks: given 3, allowed with downs=3 is at most 2"):
+    with pytest.raises(ConfigError, match="encoder_blocks: given 3, allowed is less than downs=3"):
         build(downs=3)
     assert build("pix2pix_noise", downs=3).multiple == 8
     config = validate(RunConfig, {"method": {}, "data": {"root": "x", "crop_size": 64, "load_size": 64}})
     assembly._check_fits(config, build(), Layout(2, 2, 2))
     assembly._check_fits(config, build("cvae_gan"), Layout(1, 2, 2))
-    with pytest.raises(ConfigError, match=r"train\.micro_batch: given 1, .* 2 consecutive .* train\.global_batch=4"):
-        assembly._check_fits(config, build(), Layout(1, 2, 2))
+    with pytest.raises(ConfigError, match=r"train\.global_batch: given 1, .* 2 consecutive .* train\.global_batch=2$"):
+        assembly._check_fits(config, build(), Layout(1, 1, 1))
+    tree = {"method": {}, "data": {"root": "x"}, "train": {"global_batch": 18, "micro_batch": 3}}
+    with pytest.raises(
+        ConfigError, match=r"micro_batch: given 3, .* train\.global_batch=24 --set train\.micro_batch=4"
+    ):
+        assembly._check_fits(validate(RunConfig, tree), build(), Layout(3, 3, 2))
+
+
+@pytest.mark.parametrize("model", TERMS)
+def test_a_weight_of_a_term_that_the_model_lacks_is_refused(model: str) -> None:
+    """And every other weight is taken, and changes a loss."""
+    weights = {
+        "gan_encoded": "lambda_gan", "gan_random": "lambda_gan_random", "l1_b": "lambda_l1", "kl": "lambda_kl",
+        "latent": "lambda_latent",
+    }  # fmt: skip
+    for term, key in weights.items():
+        if term in TERMS[model]:
+            assert getattr(build(model, **{key: 3.3}).config, key) == 3.3
+        else:
+            with pytest.raises(ConfigError, match=f"{key}: given 3.3, but the model {model} has no such term"):
+                build(model, **{key: 3.3})

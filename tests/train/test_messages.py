@@ -107,6 +107,16 @@ def test_batches_that_do_not_divide(dclgan: Path, tmp_path: Path) -> None:
     assert "train.micro_batch: given 2, but with this method's settings a sample's loss depends on the whole" in text
 
 
+def test_critics_that_see_too_little_are_refused_before_there_is_memory_for_them(dclgan: Path, tmp_path: Path) -> None:
+    """At full width these would have 2e12 parameters."""
+    sizes = settings(data__root=config.load(dclgan).data.root, data__load_size=128, data__crop_size=96)
+    deep = settings(method__global_layers=14, output__metrics_port=None)
+    words = ["--config", "configs/ugatit_light_selfie2anime.yaml", *sizes, *deep, "--run", str(tmp_path / "run")]
+    text = refused(words, tmp_path / "log")
+    assert "data.crop_size: given 96, which does not fit: the discriminator was given images of 96 x 96" in text
+    assert "they must be at least 12288 x 12288. Use larger images or fewer layers." in text
+
+
 def test_a_directory_that_cannot_be_made(dclgan: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     words = ["--config", str(dclgan), "--run", str(tmp_path / "file" / "run")]
