@@ -22,8 +22,9 @@ check: .venv/tools  ## format, lint, types
 build: .venv/installed  ## build the extension again
 	$(PIP) --no-build-isolation --no-deps --force-reinstall -e .
 
-bench: .venv/installed  ## one training step beside the eager form
-	$(BIN)/python launchers/bench.py step
+bench: .venv/installed  ## one training step of DCLGAN and of U-GAT-IT light beside the eager forms
+	$(BIN)/python launchers/bench.py step --method dclgan
+	$(BIN)/python launchers/bench.py step --method ugatit
 
 bench-kernels: .venv/installed  ## the native ops on this machine, and docs/kernels.md from the figures
 	$(BIN)/python launchers/bench.py kernels --json docs/kernels

@@ -93,8 +93,9 @@ def memory_report(config: Path, settings: Sequence[str], ranks: int) -> list[str
         method = method_class(method_config, torch.Generator())
     lines = [
         f"Memory on each of {ranks} ranks in GiB for parameters, gradients, Adam's state and averages, which are fp32",
-        "in either precision. It is computed. Activations come on top and depend on size and batch. With the optimizer",
-        "offloaded, which is not built yet, 'GPU' and 'CPU' would be what lies where.",
+        "in either precision. It is computed. On top come activations, which depend on size and batch, and while",
+        "critics with spectral norm run, a copy of their weights. With the optimizer offloaded, which is not built",
+        "yet, 'GPU' and 'CPU' would be what lies where.",
     ]
     for side, groups in method.parameter_groups().items():
         module: nn.Module = getattr(method, side)

@@ -93,8 +93,10 @@ NETWORKS: dict[str, Network] = {
     "disLB": _critic("local_b", "local_layers"),
 }
 
-# What the official code computes, as hyperparameters that no shape tells.
+# What the official code computes: hyperparameters that no shape tells, and depths that it does not read off one.
 FORM: dict[str, Any] = {
+    "global_layers": 7,
+    "local_layers": 5,
     **dict.fromkeys(("bias", "affine", "cam_shared", "cam_normalised", "rho_smoothing"), False),
     "variance": "unbiased",
 }
