@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,9 +16,10 @@ from i2i_dist import checkpoint, engines, ops, run_directory
 from i2i_dist.agreement import on_every_rank
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError, RunConfig
-from i2i_dist.data.batch import Batch
+from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.data.folders import open_source
 from i2i_dist.data.index import Source
+from i2i_dist.data.labels import LabelledSet
 from i2i_dist.data.pairs import paired
 from i2i_dist.data.reader import Reader
 from i2i_dist.data.transforms import Transform
@@ -26,7 +27,7 @@ from i2i_dist.distributed import Ranks, from_first_rank, gather_texts
 from i2i_dist.draws import Draws
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import SIDES, Method
+from i2i_dist.method import SIDES, Labelled, Method, Stream
 from i2i_dist.pool import ImagePools
 from i2i_dist.sampling import Sampler, fixed_inputs
 from i2i_dist.schedules import LinearDecay
@@ -82,22 +83,42 @@ def check_sizes(settings: Settings) -> None:
     Call it before the process group is there: batch norm and the like then ask no other rank.
 
     Raises:
-        ConfigError: A network cannot take pictures of that size; the message is the network's own.
+        ConfigError: A network cannot take pictures of that size, for which the message is the network's own; or a
+            ZeRO stage is asked for that the method cannot have.
     """
     config, crop = settings.config, settings.config.data.crop_size
-    with torch.device("meta"):
-        method = settings.method_class(settings.method_config, torch.Generator())
-        _check_multiple(config, method.multiple)
-        samples = method.group * min(2, -(-config.train.global_batch // method.group))
-        pictures = torch.empty(samples, 3, crop, crop)
-    batch = Batch(pictures, pictures, torch.arange(samples), 0)
+    method = _sketch(settings)
+    _check_multiple(config, method.multiple)
+    if method.penalised and config.engine.discriminator_stage == 3:
+        raise ConfigError(
+            "engine.discriminator_stage: given 3, allowed with this method is 0, 1 or 2: its gradient penalty "
+            "differentiates the critic twice, for which the critic must be whole; engine.generator_stage may be 3"
+        )
+    samples = method.group * min(2, -(-config.train.global_batch // method.group))
+    pictures = torch.empty(samples, 3, crop, crop, device="meta")
     try:
-        with torch.no_grad():
-            outputs = method.generator(batch, Draws(0, 0))
-            method.generator_loss(batch, outputs, method.discriminator, 0)
-            method.discriminator_loss(batch, outputs, method.discriminator, 0)
+        for stream in dict.fromkeys(method.streams):
+            batch = _empty_batch(method, stream, pictures)
+            with torch.no_grad():
+                outputs = method.generator(batch, Draws(0, 0))
+                method.generator_loss(batch, outputs, method.discriminator, 0)
+                method.discriminator_loss(batch, outputs, method.discriminator, 0)
     except ValueError as error:
         raise ConfigError(f"data.crop_size: given {crop}, which does not fit: {error}") from None
+
+
+def _sketch(settings: Settings) -> Method:
+    """Return the method without anything allocated, to be asked what it needs."""
+    with torch.device("meta"):
+        return settings.method_class(settings.method_config, torch.Generator())
+
+
+def _empty_batch(method: Method, stream: Stream, pictures: Tensor) -> Batch | LabelledBatch:
+    positions = torch.arange(len(pictures))
+    if not isinstance(method, Labelled):
+        return Batch(pictures, pictures, positions, 0)
+    labels = pictures.new_empty(len(pictures), len(method.label_space.attributes)) if stream == "labelled" else None
+    return LabelledBatch(pictures, labels, labels, positions, 0)
 
 
 def _check_multiple(config: RunConfig, multiple: int) -> None:
@@ -127,8 +148,8 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     """
     config, seed = settings.config, settings.config.train.seed
     root = Path(config.data.root)
-    pairs = "paired" in settings.method_class.streams
-    sources = _open(root, pairs)
+    streams = _sketch(settings).streams
+    sources = _open(root, streams)
     schedule = _schedule(config, sources)
     precision = on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
     layout = _layout(config, ranks.world, precision)
@@ -152,7 +173,8 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         flip=config.data.flip,
         full_size_from=None if config.data.decay_jitter else schedule.decay_starts,
     )
-    inputs = on_every_rank(lambda: _sample_inputs(config, sources, pairs) if ranks.rank == 0 else {})
+    labelled = on_every_rank(lambda: _labelled(method, sources, seed))
+    inputs = on_every_rank(lambda: _sample_inputs(config, sources, "paired" in streams) if ranks.rank == 0 else {})
     return Run(
         settings=settings,
         ranks=ranks,
@@ -161,7 +183,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         schedule=schedule,
         target=-(-schedule.total_images // config.train.global_batch) * config.train.global_batch,
         start=start,
-        reader=Reader(sources, seed=seed, transform=transform, paired=pairs),
+        reader=Reader(sources, seed=seed, transform=transform, streams=streams, labelled=labelled),
         method=method,
         sides=sides,
         ema=ema,
@@ -205,23 +227,45 @@ def _check_ops(device: torch.device) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _open(root: Path, pairs: bool) -> dict[str, Source]:
-    """Open both domains, of `pairs` in the same order, and make sure that every rank sees the same images."""
+def _open(root: Path, streams: Sequence[Stream]) -> dict[str, Source]:
+    """Open the domains that the streams are made of, and make sure that every rank sees the same images.
+
+    Those of pairs are in the same order.
+    """
 
     def here() -> dict[str, Source]:
-        a, b = (open_source(root, f"train{side}") for side in "AB")
-        return {"a": a, "b": paired(a, b) if pairs else b}
+        a = open_source(root, "trainA")
+        if "labelled" in streams:
+            return {"a": a}
+        b = open_source(root, "trainB")
+        return {"a": a, "b": paired(a, b) if "paired" in streams else b}
 
     sources = on_every_rank(here)
     seen = gather_texts(json.dumps([[source.fingerprint, sum(source.counts)] for source in sources.values()]))
     for rank, text in enumerate(seen):
         if text != seen[0]:
             counts = [[count for _, count in json.loads(one)] for one in (seen[0], text)]
+            other = ", ".join(f"{count} of {name}" for count, name in zip(counts[1], sources, strict=True))
             raise ConfigError(
-                f"data.root {root}: rank {rank} finds other images ({counts[1][0]} of domain a, {counts[1][1]} of b) "
-                f"than rank 0 ({counts[0][0]} and {counts[0][1]}); every machine needs the same data set"
+                f"data.root {root}: rank {rank} finds other images ({other.replace(' of ', ' of domain ', 1)}) than "
+                f"rank 0 ({' and '.join(map(str, counts[0]))}); every machine needs the same data set"
             )
     return sources
+
+
+def _labelled(method: Method, sources: Mapping[str, Source], seed: int) -> LabelledSet | None:
+    """Divide a data set with labels into what the method is told and what not."""
+    if not isinstance(method, Labelled):
+        return None
+    known = sources["a"].labels
+    if known is None:
+        raise ConfigError(
+            f"{sources['a'].name} holds pictures without labels, which this method needs; pack them with their labels: "
+            "python launchers/pack.py --help says how"
+        )
+    labelled = LabelledSet(known, method.label_space, method.labelled_fraction, method.labelled_group, seed)
+    _log.info("%d pictures with labels, %d without, %d left out for labels that are not valid.", *labelled.counts)
+    return labelled
 
 
 def _schedule(config: RunConfig, sources: Mapping[str, Source]) -> LinearDecay:

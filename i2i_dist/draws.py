@@ -74,6 +74,34 @@ class Draws(NamedTuple):
         rngs = [generator(self.seed, f"normal.{purpose}", position) for position in positions.tolist()]
         return torch.from_numpy(np.stack([rng.standard_normal(size, dtype=np.float32) for rng in rngs]))
 
+    def uniform(self, purpose: str, positions: Tensor) -> Tensor:
+        """Draw a number from [0, 1) for each sample.
+
+        Args:
+            purpose: What it is for.
+            positions: int64 `[N]`, the global positions of the samples.
+
+        Returns:
+            float32 `[N]` on the CPU.
+        """
+        rngs = [generator(self.seed, f"uniform.{purpose}", position) for position in positions.tolist()]
+        return torch.tensor([rng.random(dtype=np.float32) for rng in rngs], dtype=torch.float32)
+
+    def distinct(self, purpose: str, positions: Tensor, options: int, count: int) -> Tensor:
+        """Draw `count` different numbers out of `options`, in random order, for each sample.
+
+        Args:
+            purpose: What they are for.
+            positions: int64 `[N]`, the global positions of the samples.
+            options: The numbers are 0 to `options - 1`.
+            count: How many, at most `options`.
+
+        Returns:
+            int64 `[N, count]` on the CPU.
+        """
+        rngs = [generator(self.seed, f"distinct.{purpose}", position) for position in positions.tolist()]
+        return torch.from_numpy(np.stack([rng.choice(options, size=count, replace=False) for rng in rngs]))
+
     def coin(self, purpose: str) -> bool:
         """Return True with probability 1/2."""
         return bool(generator(self.seed, f"coin.{purpose}", self.update_position).random() < 0.5)

@@ -192,7 +192,7 @@ class SideEngine:
         self.optimizer: Any = side_optimizer(
             [
                 {"name": group.name, "params": list(group.parameters), "lr": group.lr, "base_lr": group.lr}
-                | {"weight_decay": group.weight_decay, "bounds": group.bounds}
+                | {"weight_decay": group.weight_decay, "bounds": group.bounds, "constant": group.constant}
                 | ({"betas": group.betas} if issubclass(optimizer, torch.optim.Adam) else {})
                 for group in groups
             ],
@@ -242,9 +242,9 @@ class SideEngine:
             self.optimizer.skip = False
 
     def set_learning_rate(self, factor: float) -> dict[str, float]:
-        """Set every group to its own rate times `factor` and return the rates by group."""
+        """Set every group to its own rate times `factor`, but for its constant share; return the rates by group."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * (group["constant"] + (1.0 - group["constant"]) * factor)
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
 

@@ -9,11 +9,14 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from i2i_dist.data.batch import Batch
+from i2i_dist.data.labels import LabelSpace
 
 Side = Literal["generator", "discriminator"]
 SIDES: tuple[Side, Side] = ("generator", "discriminator")
 Direction = Literal["a_to_b", "b_to_a"]
+# "unpaired": two domains on their own. "paired": pictures of the same name. "labelled", "unlabelled": one domain, A, of
+# which the method is told the labels of some pictures; "labelled" draws from these, "unlabelled" from the others.
+Stream = Literal["unpaired", "paired", "labelled", "unlabelled"]
 
 # Name -> scalar that already carries its weight; a side's loss is the sum of all of them.
 Losses = dict[str, Tensor]
@@ -21,20 +24,6 @@ Losses = dict[str, Tensor]
 # The discriminator side as the losses see it: the method's own CriticInput -> its own CriticOutput. In the
 # discriminator's turn it trains; in the generator's turn it is frozen and only passes gradients on to the images.
 Judge = Callable[[Any], Any]
-
-
-class Turn(NamedTuple):
-    """One side's turn in an update.
-
-    Attributes:
-        side: Who trains.
-        stream: Which stream of the method's `streams` feeds it.
-        fresh_batch: Whether new images are drawn for it, or those of the turn before are used again.
-    """
-
-    side: Side
-    stream: str
-    fresh_batch: bool
 
 
 class ParameterGroup(NamedTuple):
@@ -47,6 +36,7 @@ class ParameterGroup(NamedTuple):
         betas: Decay of the two moments.
         weight_decay: Coupled: this times the parameter is added to its gradient.
         bounds: Lowest and highest value, which every element is clamped to after each step; None for no bounds.
+        constant: Share of the rate, in [0, 1], that the schedule leaves alone.
     """
 
     name: str
@@ -55,21 +45,22 @@ class ParameterGroup(NamedTuple):
     betas: tuple[float, float]
     weight_decay: float = 0.0
     bounds: tuple[float, float] | None = None
+    constant: float = 0.0
 
 
 class Method(Protocol):
     """A paper. No base class: a method's file shows all that happens.
 
     Each side is one module whose only entry is `forward`:
-    `generator(batch, draws, fakes_only=False) -> Outputs` and `discriminator(CriticInput) -> CriticOutput`. Outputs is
-    a NamedTuple of the method's own; the critics' input and output are one too, a dict, or a tensor. With `fakes_only`
-    the generator makes the same fakes and nothing else, for a discriminator's turn without a shared graph.
+    `generator(batch, draws, fakes_only=False) -> Outputs` and `discriminator(CriticInput) -> CriticOutput`. The batch
+    is what the method's streams are made of: `Batch`, or `LabelledBatch`. Outputs is a NamedTuple of the method's own;
+    the critics' input and output are one too, a dict, or a tensor. With `fakes_only` the generator makes the same
+    fakes, and what is shown with them, and nothing else, for a discriminator's turn without a shared graph.
     """
 
     Config: ClassVar[type[BaseModel]]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]  # preset -> values that differ from Config's defaults
     ARCHITECTURE: ClassVar[tuple[str, ...]]  # keys of Config that decide which parameters there are
-    streams: ClassVar[tuple[str, ...]]  # "unpaired": two domains on their own; "paired": pictures of the same name
     directions: ClassVar[tuple[Direction, ...]]
 
     def __init__(self, config: Any, init: torch.Generator) -> None:
@@ -82,6 +73,10 @@ class Method(Protocol):
     @property
     def discriminator(self) -> nn.Module:
         """The discriminator's side: critics."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """What feeds one update after the other, over and over; all are of the same kind of data set."""
 
     @property
     def pool_size(self) -> int:
@@ -101,18 +96,26 @@ class Method(Protocol):
 
     @property
     def fakes(self) -> tuple[str, ...]:
-        """The fields of Outputs that the discriminator sees, detached and by way of the pool; the rest has defaults."""
+        """The fields of Outputs that the discriminator sees, detached and by way of the pool."""
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
-        """Say what update number `update` does, in order."""
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Other fields that it sees, detached, and always of the very batch; what is in neither has a default."""
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the discriminator's forward differentiates itself, for a penalty: it then cannot be cut by ZeRO 3."""
+
+    def turns(self, update: int) -> tuple[Side, ...]:
+        """Say which sides train in update number `update`, in order, on the same images: the discriminator always."""
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """Every trained parameter, exactly once."""
 
-    def generator_loss(self, batch: Batch, outputs: Any, judge: Judge, images_seen: int) -> Losses:
+    def generator_loss(self, batch: Any, outputs: Any, judge: Judge, images_seen: int) -> Losses:
         """What the generator's side minimises."""
 
-    def discriminator_loss(self, batch: Batch, outputs: Any, judge: Judge, images_seen: int) -> Losses:
+    def discriminator_loss(self, batch: Any, outputs: Any, judge: Judge, images_seen: int) -> Losses:
         """What the discriminator's side minimises; `outputs` holds only the fakes, detached, from the pool."""
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
@@ -147,3 +150,26 @@ class Styled(Protocol):
 
     def translate_styled(self, image: Tensor, codes: Tensor) -> Tensor:
         """Translate images [N, 3, H, W] as `translate` does, each with its own row of `codes` [N, style_dim]."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A method that translates a picture into what has the labels asked for; its streams are labelled ones.
+
+    `translate` takes the first class of the space.
+    """
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """The attributes, and which of their combinations are valid."""
+
+    @property
+    def labelled_fraction(self) -> float:
+        """How many of the pictures the method is told the labels of, as a share in (0, 1]."""
+
+    @property
+    def labelled_group(self) -> tuple[int, int] | None:
+        """How many classes, and pictures of each in a row, a group of the stream "labelled" has; None for no groups."""
+
+    def translate_labelled(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Translate images [N, 3, H, W] as `translate` does, each into its own row of `labels` [N, L] of 0 and 1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import logging
 import multiprocessing
@@ -25,7 +24,7 @@ from i2i_dist.assembly import Run, Settings, assemble, check_sizes, plan
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.command_line import parse, resume_command
 from i2i_dist.config import ConfigError
-from i2i_dist.data.batch import Batch, HostBatch, to_device
+from i2i_dist.data.batch import Batch, HostBatch, LabelledBatch, to_device
 from i2i_dist.data.reader import micro_batches
 from i2i_dist.distributed import Ranks, adopt_environment, any_rank, from_first_rank, mean_over_ranks
 from i2i_dist.method import SIDES
@@ -134,7 +133,7 @@ class Reporter:
             self._server.close()
 
 
-def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch]]:
+def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch | LabelledBatch]]:
     """Yield this rank's micro-batches of each update, on the device."""
     hosts = micro_batches(
         run.reader,
@@ -150,10 +149,6 @@ def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch]]:
         for host in part:
             reporter.note_bad_samples(host)
         yield [to_device(host, run.device) for host in part]
-
-
-def _same(batches: Sequence[Batch], stream: str) -> Sequence[Batch]:
-    return batches
 
 
 def _finite(run: Run) -> bool:
@@ -205,7 +200,9 @@ def _sample(run: Run, images_seen: int) -> None:
         _log.warning("No sample grid at image %d: %s.", images_seen, error.strerror or error)
 
 
-def _update(run: Run, reporter: Reporter, batches: Iterator[list[Batch]], images_seen: int, updates: int) -> Step:
+def _update(
+    run: Run, reporter: Reporter, batches: Iterator[list[Batch | LabelledBatch]], images_seen: int, updates: int
+) -> Step:
     reporter.meter.begin()
     with reporter.meter.waiting():
         batch = next(batches)
@@ -216,7 +213,7 @@ def _update(run: Run, reporter: Reporter, batches: Iterator[list[Batch]], images
     train = run.settings.config.train
     pooled = {field: list(images) for field, images in run.pools.images.items()}
     step = update(
-        run.method, run.sides, functools.partial(_same, batch), run.pools,
+        run.method, run.sides, batch, run.pools,
         seed=train.seed, number=updates, images_seen=images_seen,
     )  # fmt: skip
     images_seen += train.global_batch

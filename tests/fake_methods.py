@@ -23,6 +23,7 @@ class _Fake:
     """What both have; training is not among it."""
 
     fakes: ClassVar[tuple[str, ...]] = ()
+    shown: ClassVar[tuple[str, ...]] = ()
     multiple, group, pool_size, couples_batch = 8, 1, 0, False
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from tests.methods.cases import CASES
 from tests.methods.cases.common import GLOBAL_BATCH, SEED
 from tests.ranks import run_ranks
 from tests.trainer import Trainer, differing
-from tests.updates import ExactForward, images, micro_batches, small_method
+from tests.updates import ExactForward, micro_batches, small_method, whole_batch
 
 STEPS, NAN_STEPS = 4, 3
 RESUMED_AT = (0, 3)
@@ -49,7 +49,7 @@ def first_of_each_order() -> list[str]:
     orders: dict[tuple[Side, ...], str] = {}
     for name in CASES:
         if 2 in accumulations(name):
-            orders.setdefault(tuple(turn.side for turn in small_method(name).turns(0)), name)
+            orders.setdefault(tuple(small_method(name).turns(0)), name)
     return list(orders.values())
 
 
@@ -83,7 +83,7 @@ def plain_run(
         if step not in dropped:
             with ExactForward():
                 stepping = {**optimizers, "generator": idle} if step in critics_only else optimizers
-                CASES[name].step(method, *images(step), step, stepping)
+                CASES[name].step(method, whole_batch(step), step, stepping)
     if adam:  # after one step the first moment is a tenth of the gradient
         return {
             f"{side}/{parameter_name}": optimizers[side].state[parameter]["exp_avg"]
@@ -141,7 +141,7 @@ def engine_run(
             poison(step, method, batches)
         with ExactForward():
             seen = step * GLOBAL_BATCH
-            done = update(method, sides, lambda _, now=batches: now, pools, seed=SEED, number=step, images_seen=seen)
+            done = update(method, sides, batches, pools, seed=SEED, number=step, images_seen=seen)
         skipped.append(done.skipped)
     return whole(sides, "exp_avg" if adam else "param"), skipped
 

@@ -44,7 +44,7 @@ class Trainer:
                 batches = [batch._replace(a=batch.a.float(), b=batch.b.float()) for batch in batches]
             with ExactForward() if self.exact else torch.enable_grad():
                 update(
-                    self.method, self.sides, lambda _, now=batches: now, self.pools,
+                    self.method, self.sides, batches, self.pools,
                     seed=SEED, number=step, images_seen=step * GLOBAL_BATCH,
                 )  # fmt: skip
             self.ema.update((step + 1) * GLOBAL_BATCH, GLOBAL_BATCH)

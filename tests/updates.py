@@ -73,16 +73,19 @@ def images(step: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def whole_batch(step: int) -> Batch:
+    """Return the global batch of an update."""
+    return Batch(*images(step), torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH, step * GLOBAL_BATCH)
+
+
+def part_of(batch: Any, samples: slice) -> Any:
+    """Return some samples of a batch of any kind."""
+    return type(batch)(*(field[samples] if isinstance(field, Tensor) else field for field in batch))
+
+
 def micro_batches(step: int, accumulation: int) -> list[Batch]:
     """Return this rank's share of an update."""
     rank, world = rank_and_world()
-    a, b = images(step)
-    per_rank = GLOBAL_BATCH // world
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    positions = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
-    return [
-        Batch(*parts, step * GLOBAL_BATCH)
-        for parts in zip(
-            a[mine].chunk(accumulation), b[mine].chunk(accumulation), positions[mine].chunk(accumulation), strict=True
-        )
-    ]
+    size = GLOBAL_BATCH // world // accumulation
+    firsts = range(rank * accumulation * size, (rank + 1) * accumulation * size, size)
+    return [part_of(whole_batch(step), slice(first, first + size)) for first in firsts]

@@ -148,7 +148,7 @@ def build_ours(form: Form, size: Size, device: torch.device) -> tuple[Step, int]
     pools = ImagePools(method.fakes, method.pool_size, SEED)
 
     def take(batch: Batch, number: int) -> dict[str, float]:
-        done = step.update(method, sides, lambda _: [batch], pools, seed=SEED, number=number, images_seen=0)
+        done = step.update(method, sides, [batch], pools, seed=SEED, number=number, images_seen=0)
         return {name: float(loss) for name, loss in done.losses.items()}
 
     return take, baseline

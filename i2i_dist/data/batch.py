@@ -36,12 +36,16 @@ class HostBatch(NamedTuple):
         positions: int64 `[N]`, the global positions of the samples.
         update_position: Global position of the update's first sample.
         bad: The samples that were replaced while this micro-batch was read.
+        labels: Of the stream "labelled", uint8 `[N, L]` of 0 and 1, the samples' labels.
+        others: Of the stream "labelled", uint8 `[N, L]`, for each sample the labels of another one.
     """
 
     images: dict[str, Tensor]
     positions: Tensor
     update_position: int
     bad: tuple[BadSample, ...]
+    labels: Tensor | None = None
+    others: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -60,6 +64,24 @@ class Batch(NamedTuple):
     update_position: int
 
 
+class LabelledBatch(NamedTuple):
+    """One micro-batch of a domain whose pictures have labels, on the device.
+
+    Attributes:
+        images: float32 `[N, 3, H, W]` in [-1, 1], contiguous.
+        labels: float32 `[N, L]` of 0 and 1; None of pictures whose labels the method is not told.
+        others: float32 `[N, L]`: for each picture the labels of one drawn from those with labels, all alike; or None.
+        positions: int64 `[N]` on the CPU, the global positions of the samples.
+        update_position: Global position of the update's first sample.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    others: Tensor | None
+    positions: Tensor
+    update_position: int
+
+
 def first_and_last(batch: Batch, group: int) -> tuple[Batch, Batch]:
     """Return the first and the last sample of every `group` consecutive ones; with groups of one, the batch twice."""
     places = (slice(0, None, group), slice(group - 1, None, group))
@@ -67,14 +89,20 @@ def first_and_last(batch: Batch, group: int) -> tuple[Batch, Batch]:
     return first, last
 
 
-def to_device(host: HostBatch, device: torch.device) -> Batch:
+def to_device(host: HostBatch, device: torch.device) -> Batch | LabelledBatch:
     """Copy the uint8 images to the device and normalise them there: `x / 127.5 - 1`, channels first.
 
-    The copy does not block when the images lie in pinned memory.
+    The copy does not block when the images lie in pinned memory. A domain alone makes a `LabelledBatch`.
     """
 
     def normalised(domain: str) -> Tensor:
         pixels = host.images[domain].to(device, non_blocking=True).permute(0, 3, 1, 2)  # [N, 3, H, W]
         return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
+    def numbers(labels: Tensor | None) -> Tensor | None:
+        return None if labels is None else labels.to(device, non_blocking=True).float()
+
+    if "b" not in host.images:
+        labels, others = numbers(host.labels), numbers(host.others)
+        return LabelledBatch(normalised("a"), labels, others, host.positions, host.update_position)
     return Batch(normalised("a"), normalised("b"), host.positions, host.update_position)

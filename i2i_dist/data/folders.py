@@ -10,6 +10,7 @@ from pathlib import Path
 from i2i_dist.data.batch import BadData
 from i2i_dist.data.decode import IMAGE_SUFFIXES
 from i2i_dist.data.index import Source, open_shards
+from i2i_dist.data.labels import SampleLabels
 
 _SHOWN_FOLDERS = 20
 
@@ -19,6 +20,7 @@ class FolderSource:
 
     counts: Sequence[int]
     keys: Sequence[str]
+    labels: SampleLabels | None = None  # those of files are packed into shards first
 
     def __init__(self, folder: Path, name: str, paths: Sequence[Path]) -> None:
         """Read `paths`, which lie inside `folder`.

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from i2i_dist.data.batch import BadData
+from i2i_dist.data.labels import SampleLabels
 from i2i_dist.data.tar import Scan, scan_shard
 
 INDEX_NAME = "index.npz"
@@ -35,6 +36,7 @@ class Source(Protocol):
         counts: Samples in each shard; a folder of images is one shard.
         keys: The samples' names, unique within the source.
         fingerprint: sha256 over the listing of the content, in hexadecimal.
+        labels: What is known of the samples, where something is.
     """
 
     @property
@@ -45,6 +47,8 @@ class Source(Protocol):
     def keys(self) -> Sequence[str]: ...  # noqa: D102
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
+    @property
+    def labels(self) -> SampleLabels | None: ...  # noqa: D102
 
     def read(self, index: int) -> tuple[str, bytes]:
         """Return (key, encoded image) of a sample; raises `BadData` if it is cut, changed or cannot be read."""
@@ -190,6 +194,8 @@ def load_index(path: Path) -> Index:
 
 class ShardSource:
     """The images of a folder of tar shards."""
+
+    labels: SampleLabels | None = None
 
     def __init__(self, folder: Path, name: str, index: Index) -> None:
         """Read `index.shards` inside `folder`."""

@@ -62,6 +62,14 @@ class SampleOrder:
         first = int(ends[number - 1]) if number else 0
         return epoch, int(self._samples(epoch, number)[place - first])
 
+    def sample(self, place: int) -> int:
+        """Return the sample of the domain's `place`-th draw."""
+        return self.index(place)[1]
+
+    def substitute(self, place: int, rng: np.random.Generator) -> int:
+        """Draw a sample in the place of one that cannot be used: any of the domain."""
+        return int(rng.integers(self.total))
+
     def _build_epoch(self, epoch: int) -> _Epoch:
         order = generator(self._seed, f"order.blocks.{self._domain}", epoch).permutation(len(self._starts))
         sizes = self._sizes[order]

@@ -10,12 +10,15 @@ import numpy.typing as npt
 
 from i2i_dist.data.decode import IMAGE_SUFFIXES
 from i2i_dist.data.index import Source
+from i2i_dist.data.labels import SampleLabels
 
 _SHOWN = 5
 
 
 class _Reordered:
     """The samples of another source, in another order."""
+
+    labels: SampleLabels | None = None
 
     def __init__(self, source: Source, counts: Sequence[int], order: npt.NDArray[np.int64]) -> None:
         self.name, self.fingerprint, self.counts = source.name, source.fingerprint, counts

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from i2i_dist.data.batch import BadData, BadSample, HostBatch
 from i2i_dist.data.decode import decode_image
 from i2i_dist.data.index import Source
+from i2i_dist.data.labels import LabelledSet
 from i2i_dist.data.order import SampleOrder
 from i2i_dist.data.transforms import Transform
 from i2i_dist.draws import generator
@@ -22,40 +23,62 @@ MAX_ATTEMPTS = 100  # failures in a row that mean the data set is broken, not a 
 
 
 class Reader:
-    """Reads both domains at the same positions.
+    """Reads all domains at the same positions.
 
     Unpaired, each domain has its own order, crops and flips, and wraps around on its own, so domains of different sizes
     meet in ever new pairs. Paired, samples of the same number belong together: they share the order, the crop and the
-    flip, and where one of them cannot be used the whole pair is replaced.
+    flip, and where one of them cannot be used the whole pair is replaced. Of one domain with labels, streams visit
+    different samples in orders of their own, and one that cannot be used is replaced by one of the same stream, and
+    where the stream has groups of the same class.
     """
 
-    def __init__(self, sources: Mapping[str, Source], *, seed: int, transform: Transform, paired: bool = False) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        *,
+        seed: int,
+        transform: Transform,
+        streams: Sequence[str] = ("unpaired",),
+        labelled: LabelledSet | None = None,
+    ) -> None:
         """Prepare to read.
 
         Args:
             sources: For each domain ("a", "b") where its samples are.
             seed: The run's seed.
             transform: What turns a decoded image into a training picture.
-            paired: Whether samples of the same number are pairs; see `i2i_dist.data.pairs`.
+            streams: What feeds one update after the other, over and over: of pairs (see `i2i_dist.data.pairs`)
+                "paired"; of one domain with labels "labelled" and "unlabelled".
+            labelled: The labels of one domain, for the streams that are made of them.
 
         Raises:
-            ValueError: A source holds no sample.
+            ValueError: A source holds no sample, or a stream none.
         """
-        self._sources = dict(sources)
-        together = {"pair": list(sources)} if paired else {domain: [domain] for domain in sources}
-        self._groups = [
-            _Group(name, domains, SampleOrder(sources[domains[0]].counts, seed, name))
-            for name, domains in together.items()
-        ]
+        self.streams = tuple(streams)
+        self._sources, self._labelled = dict(sources), labelled
+        self._groups: dict[str, list[_Group]] = {}
+        for stream in streams:
+            if labelled is not None:
+                self._groups[stream] = [_Group("a", ["a"], labelled.order(stream))]
+                continue
+            together = {"pair": list(sources)} if stream == "paired" else {domain: [domain] for domain in sources}
+            self._groups[stream] = [
+                _Group(name, domains, SampleOrder(sources[domains[0]].counts, seed, name))
+                for name, domains in together.items()
+            ]
         self._seed = seed
         self._transform = transform
 
-    def read(self, positions: range, update_position: int) -> HostBatch:
+    def read(
+        self, positions: range, update_position: int, stream: str | None = None, place: int | None = None
+    ) -> HostBatch:
         """Read the samples of some global positions.
 
         Args:
             positions: Global positions, one for each sample.
             update_position: Global position of the update's first sample.
+            stream: The stream that they are drawn from; None for the only one.
+            place: How many samples that stream has given before the first of them; None for as many as its position.
 
         Returns:
             The micro-batch, a pure function of the data set, the seed and the arguments. A sample that cannot be used
@@ -65,19 +88,31 @@ class Reader:
         Raises:
             ValueError: `MAX_ATTEMPTS` samples in a row could not be used.
         """
+        stream = self.streams[0] if stream is None else stream
+        first = positions.start if place is None else place
         side = self._transform.crop_size
         bad: list[BadSample] = []
         images = {domain: np.empty((len(positions), side, side, 3), dtype=np.uint8) for domain in self._sources}
-        for group in self._groups:
+        samples: list[int] = []
+        for group in self._groups[stream]:
             for row, position in enumerate(positions):
-                for domain, image in self._usable_images(group, position, bad).items():
+                sample, usable = self._usable_images(group, position, first + row, bad)
+                samples.append(sample)
+                for domain, image in usable.items():
                     picture = self._transform(image, seed=self._seed, draw=group.name, position=position)
                     images[domain][row] = picture
         pixels = {domain: torch.from_numpy(stack) for domain, stack in images.items()}
-        return HostBatch(pixels, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad))
+        batch = HostBatch(pixels, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad))
+        if self._labelled is None or stream != "labelled":
+            return batch
+        labels = np.stack([self._labelled.label(sample) for sample in samples])
+        others = np.stack([self._labelled.another(position) for position in positions])
+        return batch._replace(labels=torch.from_numpy(labels), others=torch.from_numpy(others))
 
-    def _usable_images(self, group: _Group, position: int, bad: list[BadSample]) -> dict[str, npt.NDArray[np.uint8]]:
-        index = group.order.index(position)[1]
+    def _usable_images(
+        self, group: _Group, position: int, place: int, bad: list[BadSample]
+    ) -> tuple[int, dict[str, npt.NDArray[np.uint8]]]:
+        index = group.order.sample(place)
         failures: list[BadSample] = []
         while len(failures) < MAX_ATTEMPTS:
             images: dict[str, npt.NDArray[np.uint8]] = {}
@@ -90,9 +125,9 @@ class Reader:
                     break
             if len(images) == len(group.domains):
                 bad += dict.fromkeys(failures)  # a substitute may be the broken sample again
-                return images
-            substitute = generator(self._seed, f"substitute.{group.name}", position, len(failures))
-            index = int(substitute.integers(group.order.total))
+                return index, images
+            rng = generator(self._seed, f"substitute.{group.name}", position, len(failures))
+            index = group.order.substitute(place, rng)
         reasons = "\n".join(f"  {sample.key}: {sample.reason}" for sample in list(dict.fromkeys(failures))[-5:])
         where = " and ".join(f"{domain!r} ({self._sources[domain].name})" for domain in group.domains)
         raise ValueError(
@@ -102,12 +137,19 @@ class Reader:
         )
 
 
+class _Order(Protocol):
+    """The order in which samples are drawn."""
+
+    def sample(self, place: int) -> int: ...
+    def substitute(self, place: int, rng: np.random.Generator) -> int: ...
+
+
 class _Group(NamedTuple):
     """Domains whose samples are drawn together; the draws carry the group's name."""
 
     name: str
     domains: list[str]
-    order: SampleOrder
+    order: _Order
 
 
 class _Failure(str):
@@ -131,9 +173,12 @@ class _MicroBatches(Dataset[HostBatch | _Failure]):
     def __getitem__(self, number: int) -> HostBatch | _Failure:
         update, part = divmod(number, self._share // self._micro)
         update_position = self._start + update * self._global
-        first = update_position + self._first + part * self._micro
+        first = self._first + part * self._micro
+        streams = self._reader.streams
+        turn, stream = divmod(update_position // self._global, len(streams))
+        positions = range(update_position + first, update_position + first + self._micro)
         try:
-            return self._reader.read(range(first, first + self._micro), update_position)
+            return self._reader.read(positions, update_position, streams[stream], turn * self._global + first)
         except ValueError as error:
             return _Failure(error)
 

@@ -30,7 +30,7 @@ from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
 from i2i_dist.losses.latent import kl_to_standard_normal
-from i2i_dist.method import SIDES, Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import SIDES, Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.multiscale import CriticsByKind
 from i2i_dist.networks.style_encoder import StyleEncoder
@@ -166,8 +166,9 @@ class BicycleGAN:
         "name", "model", "style_dim", "width", "downs", "encoder_width", "encoder_blocks", "critic_width",
         "critic_layers", "critic_scales", "conditional_critic",
     )  # fmt: skip
-    streams: ClassVar[tuple[str, ...]] = ("paired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("paired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
+    shown: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config
@@ -175,17 +176,16 @@ class BicycleGAN:
         self.group = len(self.codes)  # of two, the true picture of one critic is that of another sample
         self.fakes = tuple(f"fake_{code}" for code in self.codes)
         self.style_dim, self.encodes = config.style_dim, config.model != "pix2pix_noise"
-        self.pool_size = 0
-        self.couples_batch = False
+        self.pool_size, self.couples_batch, self.penalised = 0, False, False
         self.generator = Generators(config, init)
         size = {"width": config.critic_width, "layers": config.critic_layers, "scales": config.critic_scales}
         self.discriminator = CriticsByKind(self.codes, in_channels=6 if config.conditional_critic else 3, **size)
         initialise(self.discriminator, "xavier", generator=init)
         self.multiple = self.generator.generator_ab.multiple
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Generator first; the critics then see the fakes made before its step."""
-        return Turn("generator", "paired", True), Turn("discriminator", "paired", False)
+        return "generator", "discriminator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """One group a network, all with the same rate and betas."""

@@ -23,7 +23,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.patch_nce import patch_nce
-from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.projection import ProjectionHead, project
@@ -163,11 +163,13 @@ class CUT:
         "fastcut": {"lambda_nce": 10.0, "nce_identity": False, "flip_equivariance": True},
     }
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "blocks", "critic_width", "head_dim", "nce_layers")
-    streams: ClassVar[tuple[str, ...]] = ("unpaired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     multiple: ClassVar[int] = 4
     group: ClassVar[int] = 1
     fakes: ClassVar[tuple[str, ...]] = ("fake_b",)
+    shown: ClassVar[tuple[str, ...]] = ()
+    penalised: ClassVar[bool] = False
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config
@@ -176,9 +178,9 @@ class CUT:
         self.generator = Generator(config, init)
         self.discriminator = Critic(config, init)
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Discriminator first; both turns share the batch."""
-        return Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+        return "discriminator", "generator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """Generator, head and critic share rate and betas."""

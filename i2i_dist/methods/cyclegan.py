@@ -22,7 +22,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
-from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.critics import CriticPair, DomainPair, judge_real_and_fake
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
@@ -94,9 +94,11 @@ class CycleGAN:
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}, "paper": {"lambda_identity": 0.0}}
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "blocks", "critic_width")
-    streams: ClassVar[tuple[str, ...]] = ("unpaired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
+    shown: ClassVar[tuple[str, ...]] = ()
+    penalised: ClassVar[bool] = False
     multiple: ClassVar[int] = 4
     group: ClassVar[int] = 1
 
@@ -109,9 +111,9 @@ class CycleGAN:
         self.discriminator = CriticPair(PatchGAN(**size), PatchGAN(**size))
         initialise(self.discriminator, "normal", generator=init)
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Generator first; the critics then see the fakes made before its step."""
-        return Turn("generator", "unpaired", True), Turn("discriminator", "unpaired", False)
+        return "generator", "discriminator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """One group a side, with the same rate and betas."""

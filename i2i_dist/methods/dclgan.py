@@ -25,7 +25,7 @@ from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
 from i2i_dist.losses.patch_nce import patch_nce
-from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.methods.cut import draw_patches
 from i2i_dist.networks.critics import CriticPair, DomainPair, judge_real_and_fake
 from i2i_dist.networks.init import initialise
@@ -197,9 +197,11 @@ class DCLGAN:
         "paper": {"lr": 1e-4, "lr_heads": 1e-4, "betas_heads": [0.5, 0.999], "pool_size": 50, "halved": False},
     }
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "blocks", "critic_width", "head_dim", "nce_layers")
-    streams: ClassVar[tuple[str, ...]] = ("unpaired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
+    shown: ClassVar[tuple[str, ...]] = ()
+    penalised: ClassVar[bool] = False
     multiple: ClassVar[int] = 4
     group: ClassVar[int] = 1
 
@@ -212,9 +214,9 @@ class DCLGAN:
         self.discriminator = CriticPair(critic_a, critic_b)
         initialise(self.discriminator, "xavier", generator=init)
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Discriminator first; both turns share the batch."""
-        return Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+        return "discriminator", "generator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """Generators and critics share rate and betas; the heads have their own."""

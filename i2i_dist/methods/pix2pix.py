@@ -26,7 +26,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
-from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.batch_norm import Statistics
 from i2i_dist.networks.init import initialise
 from i2i_dist.networks.patchgan import PatchGAN
@@ -119,9 +119,11 @@ class Pix2Pix:
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}}
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("name", "width", "downs", "critic_width")
-    streams: ClassVar[tuple[str, ...]] = ("paired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("paired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     fakes: ClassVar[tuple[str, ...]] = ("fake_b",)
+    shown: ClassVar[tuple[str, ...]] = ()
+    penalised: ClassVar[bool] = False
     group: ClassVar[int] = 1
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
@@ -132,9 +134,9 @@ class Pix2Pix:
         self.discriminator = ConditionalCritic(config, init)
         self.multiple = self.generator.generator_ab.multiple
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Discriminator first; both turns share the batch."""
-        return Turn("discriminator", "paired", True), Turn("generator", "paired", False)
+        return "discriminator", "generator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """One group a side, with the same rate and betas."""

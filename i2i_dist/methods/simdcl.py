@@ -22,7 +22,7 @@ from i2i_dist.config import Beta, Weight
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.cycle import l1
-from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.methods import dclgan
 from i2i_dist.networks.critics import CriticPair, DomainPair
 from i2i_dist.networks.init import initialise
@@ -99,11 +99,13 @@ class SimDCL:
         "paper": {"lambda_nce": 2.0, "similarity_reduction": "sum", "halved": False, "pool_size": 50},
     }
     ARCHITECTURE: ClassVar[tuple[str, ...]] = dclgan.DCLGAN.ARCHITECTURE
-    streams: ClassVar[tuple[str, ...]] = ("unpaired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     multiple: ClassVar[int] = 4
     group: ClassVar[int] = 1
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
+    shown: ClassVar[tuple[str, ...]] = ()
+    penalised: ClassVar[bool] = False
 
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config
@@ -114,9 +116,9 @@ class SimDCL:
         self.discriminator = CriticPair(critic_a, critic_b)
         initialise(self.discriminator, "xavier", generator=init)
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Discriminator first; both turns share the batch."""
-        return Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+        return "discriminator", "generator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """Generators and critics share rate and betas; heads and mapping networks have their own."""

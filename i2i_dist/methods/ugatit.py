@@ -24,7 +24,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
 from i2i_dist.losses.cycle import l1
-from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Turn
+from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.adalin_resnet import AttentiveGenerator, Translation
 from i2i_dist.networks.attention_critic import AttentiveCritic, CriticInput, FourCritics, Verdict
 from i2i_dist.networks.critics import DomainPair
@@ -126,9 +126,11 @@ class UGATIT:
         "name", "width", "blocks", "light", "cam_grid", "critic_width", "global_layers", "local_layers", "bias",
         "affine", "cam_shared",
     )  # fmt: skip
-    streams: ClassVar[tuple[str, ...]] = ("unpaired",)
+    streams: ClassVar[tuple[Stream, ...]] = ("unpaired",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b", "b_to_a")
     fakes: ClassVar[tuple[str, ...]] = ("fake_a", "fake_b")
+    shown: ClassVar[tuple[str, ...]] = ()
+    penalised: ClassVar[bool] = False
     multiple: ClassVar[int] = 4
     group: ClassVar[int] = 1
 
@@ -151,9 +153,9 @@ class UGATIT:
         self.discriminator = FourCritics(critic(deep), critic(deep), critic(shallow), critic(shallow))
         initialise(self.discriminator, config.init, generator=init)
 
-    def turns(self, update: int) -> tuple[Turn, ...]:
+    def turns(self, update: int) -> tuple[Side, ...]:
         """Discriminator first; both turns share the batch."""
-        return Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+        return "discriminator", "generator"
 
     def parameter_groups(self) -> Mapping[Side, Sequence[ParameterGroup]]:
         """Rates and betas are all the same; what differs is who decays, and that rho stays in [0, 1]."""

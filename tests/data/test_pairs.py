@@ -22,7 +22,7 @@ COUNT = 7
 
 def pairs(root: Path, transform: Transform = PLAIN) -> Reader:
     a, b = (open_source(root, f"train{side}") for side in "AB")
-    return Reader({"a": a, "b": paired(a, b)}, seed=5, transform=transform, paired=True)
+    return Reader({"a": a, "b": paired(a, b)}, seed=5, transform=transform, streams=("paired",))
 
 
 def write_pair(root: Path, name: str, number: int, *, into: str = "AB") -> None:

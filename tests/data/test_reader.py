@@ -183,7 +183,9 @@ def test_to_device_normalises(root: Path) -> None:
 
 
 class _SignalProbe(Reader):
-    def read(self, positions: range, update_position: int) -> HostBatch:
+    def read(
+        self, positions: range, update_position: int, stream: str | None = None, place: int | None = None
+    ) -> HostBatch:
         ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
         facts = torch.tensor([*ignored, torch.get_num_threads() == 1])
         return HostBatch({"a": facts}, torch.tensor([os.getpid()]), update_position, ())

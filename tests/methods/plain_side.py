@@ -22,7 +22,7 @@ class PlainSide:
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(group.parameters), "lr": rate, "base_lr": rate, "betas": group.betas}
-                | {"weight_decay": group.weight_decay, "bounds": group.bounds}
+                | {"weight_decay": group.weight_decay, "bounds": group.bounds, "constant": group.constant}
                 for group, rate in ((group, factor * group.lr) for group in groups)
             ],
             fused=True,
@@ -52,7 +52,7 @@ class PlainSide:
 
     def set_learning_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * (group["constant"] + (1.0 - group["constant"]) * factor)
 
 
 def plain_sides(method: Any, factor: float = 1.0) -> Any:

@@ -16,7 +16,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.draws import Draws
 from i2i_dist.engines import Layout, Precision, SideEngine
-from i2i_dist.method import SIDES, Styled, Turn
+from i2i_dist.method import SIDES, Styled
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.methods.bicyclegan import CODES
 from i2i_dist.pool import ImagePools
@@ -349,7 +349,7 @@ def one_update(method: Any, stage: int, precision: Precision = "fp32", **options
     if precision == "bf16":
         batches = [given._replace(a=given.a.float(), b=given.b.float()) for given in batches]
     with ExactForward() if precision == "fp32" else contextlib.nullcontext():
-        update(method, sides, lambda _: batches, pools, seed=SEED, number=0, images_seen=0)
+        update(method, sides, batches, pools, seed=SEED, number=0, images_seen=0)
     return sides
 
 
@@ -466,7 +466,7 @@ def test_all_parameters_have_the_rate_of_the_configuration() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_generator_has_the_first_turn(model: str) -> None:
-    expected = Turn("generator", "paired", True), Turn("discriminator", "paired", False)
+    expected = "generator", "discriminator"
     method = build(model)
     assert all(method.turns(number) == expected for number in (0, 1, 17))
     assert method.fakes == tuple(f"fake_{code}" for code in CODES[model]) and method.pool_size == 0

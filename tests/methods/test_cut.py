@@ -15,7 +15,7 @@ from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.patch_nce import patch_nce
-from i2i_dist.method import SIDES, Turn
+from i2i_dist.method import SIDES
 from i2i_dist.methods import resolve
 from i2i_dist.methods.cut import CUT, Outputs, mirrored
 from tests.methods import plain_networks as plain
@@ -287,7 +287,7 @@ def test_all_parameters_have_the_rate_of_the_configuration() -> None:
 
 def test_the_critic_has_the_first_turn_and_there_is_no_pool() -> None:
     method = build()
-    expected = Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+    expected = "discriminator", "generator"
     assert all(method.turns(number) == expected for number in (0, 1, 17))
     assert (method.pool_size, method.fakes, method.directions) == (0, ("fake_b",), ("a_to_b",))
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
-from i2i_dist.method import SIDES, Turn
+from i2i_dist.method import SIDES
 from i2i_dist.methods import resolve
 from i2i_dist.methods.cyclegan import Outputs
 from i2i_dist.step import update
@@ -151,7 +151,7 @@ def test_critics_are_shown_what_the_pool_returns(name: str) -> None:
     given, pool = batch(2), OtherImages()
     sides = plain_sides(method, 0.0)
     fakes = method.generator(given, DRAWS, True)
-    step = update(method, sides, lambda _: [given], pool, seed=3, number=0, images_seen=0)  # type: ignore[arg-type]
+    step = update(method, sides, [given], pool, seed=3, number=0, images_seen=0)  # type: ignore[arg-type]
     assert all(side.steps == 1 for side in sides.values())
     assert step.skipped == ()
     ((handed, positions),) = pool.given
@@ -188,7 +188,7 @@ def test_all_parameters_have_the_rate_of_the_configuration() -> None:
 
 
 def test_the_generators_have_the_first_turn() -> None:
-    expected = Turn("generator", "unpaired", True), Turn("discriminator", "unpaired", False)
+    expected = "generator", "discriminator"
     assert all(build().turns(number) == expected for number in (0, 1, 17))
 
 

@@ -35,7 +35,7 @@ def one_update(method: Any, sides: Any, parts: int = 1) -> Step:
     whole, pools = batch(), ImagePools(method.fakes, method.pool_size, SEED)
     pieces = zip(whole.a.chunk(parts), whole.b.chunk(parts), whole.positions.chunk(parts), strict=True)
     batches = [Batch(*piece, whole.update_position) for piece in pieces]
-    return update(method, sides, lambda _: batches, pools, seed=SEED, number=0, images_seen=0)
+    return update(method, sides, batches, pools, seed=SEED, number=0, images_seen=0)
 
 
 def flat(module: torch.nn.Module) -> Tensor:
@@ -112,7 +112,9 @@ def test_the_critics_learn_from_detached_fakes_and_the_generators_from_their_own
                 assert fake.shape == (GLOBAL_BATCH // parts // method.group, 3, SIZE, SIZE)
                 assert fake.requires_grad == (side == "generator")
     for outputs in shown["discriminator"]:
-        rest = {field: value for field, value in outputs._asdict().items() if field not in method.fakes}
+        rest = {
+            field: value for field, value in outputs._asdict().items() if field not in (*method.fakes, *method.shown)
+        }
         assert rest == {field: outputs._field_defaults[field] for field in rest}
 
 

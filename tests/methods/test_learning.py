@@ -16,7 +16,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.data.synthetic import hidden_map, scene, score
 from i2i_dist.draws import generator
 from i2i_dist.method import Losses
-from i2i_dist.methods import METHODS, resolve
+from i2i_dist.methods import resolve
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import update
 from i2i_dist.telemetry.samples import to_uint8
@@ -65,7 +65,7 @@ def normalised(pixels: _Pixels) -> Tensor:
 def training_set(name: str, seed: int) -> tuple[Tensor, Tensor]:
     """Return pictures of A and of B: the same scenes for a method of pairs, others for all others."""
     a = scenes(seed, "a", PICTURES)
-    b = a if "paired" in METHODS[name].streams else scenes(seed, "b", PICTURES)
+    b = a if "paired" in build(name, seed).streams else scenes(seed, "b", PICTURES)
     return normalised(a), normalised(hidden_map(b))
 
 
@@ -90,7 +90,7 @@ def recovered(name: str, seed: int) -> float:
         batch = Batch(a[of_a], b[of_b], torch.arange(BATCH) + first, first)
         for side in sides.values():
             side.set_learning_rate(min(1.0, 2 * (1 - number / updates)))
-        update(method, sides, lambda _, now=batch: [now], pools, seed=seed, number=number, images_seen=first)
+        update(method, sides, [batch], pools, seed=seed, number=number, images_seen=first)
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, max(1 - 0.5 ** (1 / HALF_LIFE), 1 / (number + 1)))
     for kept, live in zip(average.generator.buffers(), method.generator.buffers(), strict=True):
@@ -121,7 +121,7 @@ def test_one_batch_is_learned_by_heart(name: str) -> None:
     method.generator_loss = noted
     sums = []
     for number in range(30):
-        losses = update(method, sides, lambda _: [batch], pools, seed=0, number=number, images_seen=0).losses
+        losses = update(method, sides, [batch], pools, seed=0, number=number, images_seen=0).losses
         sums.append(sum(float(losses[key]) for key in own if not key.startswith("gan")))
     assert any(key.startswith("gan") for key in own)
     assert 0 < sums[-1] < 0.8 * sums[0]

@@ -16,7 +16,7 @@ from i2i_dist.data.batch import Batch
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.draws import Draws
 from i2i_dist.engines import Layout
-from i2i_dist.method import SIDES, Turn
+from i2i_dist.method import SIDES
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.methods.pix2pix import CriticInput, Outputs
 from i2i_dist.translate import translate, translate_all
@@ -239,9 +239,9 @@ def test_crops_that_cannot_be_halved_are_refused(crop: int, load: int, advice: s
 def test_folders_without_pairs_are_refused_before_training(tmp_path: Path) -> None:
     for side, number in (("A", 3), ("B", 2)):
         write_folder(tmp_path / f"train{side}", number)
-    assert set(assembly._open(tmp_path, pairs=False)) == {"a", "b"}
+    assert set(assembly._open(tmp_path, ["unpaired"])) == {"a", "b"}
     with pytest.raises(ConfigError, match="only in trainA: 002"):
-        assembly._open(tmp_path, pairs=True)
+        assembly._open(tmp_path, ["paired"])
 
 
 def test_preset() -> None:
@@ -283,7 +283,7 @@ def test_all_parameters_have_the_rate_of_the_configuration() -> None:
 
 
 def test_the_critic_has_the_first_turn() -> None:
-    expected = Turn("discriminator", "paired", True), Turn("generator", "paired", False)
+    expected = "discriminator", "generator"
     method = build()
     assert all(method.turns(number) == expected for number in (0, 1, 17))
     assert method.fakes == ("fake_b",) and method.pool_size == 0 and method.directions == ("a_to_b",)

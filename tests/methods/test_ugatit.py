@@ -10,7 +10,7 @@ from torch import Tensor
 
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
-from i2i_dist.method import SIDES, Attentive, Turn
+from i2i_dist.method import SIDES, Attentive
 from i2i_dist.methods import resolve
 from i2i_dist.methods.ugatit import Outputs
 from i2i_dist.networks.adalin_resnet import AttentiveGenerator
@@ -149,7 +149,7 @@ def test_rho_stays_in_its_bounds_through_updates_that_would_throw_it_out() -> No
     sides, reached = plain_sides(method), set()
     for number in range(6):
         pools = ImagePools((), 0, 0)
-        update(method, sides, lambda _: [given], pools, seed=3, number=number, images_seen=0)
+        update(method, sides, [given], pools, seed=3, number=number, images_seen=0)
         for rho in rhos:
             assert float(rho.detach().min()) >= 0 and float(rho.detach().max()) <= 1
             reached |= {bound for bound in (0.0, 1.0) if (rho == bound).any()}
@@ -290,5 +290,5 @@ def test_presets() -> None:
 
 
 def test_the_critics_have_the_first_turn() -> None:
-    expected = Turn("discriminator", "unpaired", True), Turn("generator", "unpaired", False)
+    expected = "discriminator", "generator"
     assert all(build().turns(number) == expected for number in (0, 1, 17))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from tests.methods.cases import bicyclegan, cut, cyclegan, dclgan, pix2pix, simdcl, ugatit
@@ -16,14 +15,14 @@ class Case(NamedTuple):
 
     Attributes:
         small: Hyperparameters of a tiny version; the rest is the default preset.
-        step: `step(method, a, b, number, optimizers)`: update `number` as a plain PyTorch loop, one optimizer a side,
-            in the order of the released code and with every pass on its own. Images are float64 [N, 3, H, W].
+        step: `step(method, batch, number, optimizers)`: update `number` as a plain PyTorch loop, one optimizer a side,
+            in the order of the released code and with every pass on its own. The batch is the whole one, in float64.
         scale: What initial weights are multiplied by where a few steps have to go somewhere: 10 for those that start
             with a standard deviation of 0.02. Too much, and every step multiplies what rounding has left.
     """
 
     small: dict[str, Any]
-    step: Callable[[Any, Tensor, Tensor, int, dict[str, Optimizer]], None]
+    step: Callable[[Any, Any, int, dict[str, Optimizer]], None]
     scale: float = 10.0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from tests.methods.cases.common import GLOBAL_BATCH, SEED
 from tests.networks import plain_styled as plain
@@ -17,8 +18,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The authors' code's step: two backwards before the generator's and the encoder's, the critics afterwards."""
+    a, b = batch.a, batch.b
     g, e, d, d2 = (
         method.generator.generator_ab, method.generator.encoder,
         method.discriminator.critic_encoded, method.discriminator.critic_random,

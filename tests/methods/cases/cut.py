@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from tests.methods.cases.common import GLOBAL_BATCH, SEED
 
@@ -38,8 +39,9 @@ def nce(query: Tensor, key: Tensor) -> Tensor:
     return torch.cat(losses).mean()
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The released code's step: the discriminator first, source and target encoded apart for each PatchNCE term."""
+    a, b = batch.a, batch.b
     g, d, config = method.generator, method.discriminator, method.config
     draws = Draws(SEED, number * GLOBAL_BATCH)
     flipped = config.flip_equivariance and draws.coin("flip")

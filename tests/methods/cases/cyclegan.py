@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
+
+from i2i_dist.data.batch import Batch
 
 SMALL: dict[str, Any] = {"width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0, "lr": 0.001}
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The authors' code's step: generators first, the critics see the fakes made before."""
+    a, b = batch.a, batch.b
     g, d = method.generator, method.discriminator
     ab, ba = (lambda x: g.generator_ab(x)[0]), (lambda x: g.generator_ba(x)[0])
     fake_b, fake_a = ab(a), ba(b)

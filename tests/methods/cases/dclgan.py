@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.networks.projection import take
 from tests.methods.cases.common import GLOBAL_BATCH, SEED, plain_nce
@@ -19,8 +20,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The released code's step: every pass on its own, discriminators first."""
+    a, b = batch.a, batch.b
     g, d, layers = method.generator, method.discriminator, method.config.nce_layers
     fake_b, fake_a = g.generator_ab(a)[0], g.generator_ba(b)[0]
     identity_b, identity_a = g.generator_ab(b)[0], g.generator_ba(a)[0]

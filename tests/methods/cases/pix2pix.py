@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from i2i_dist.data.batch import Batch
 from tests.networks import plain
 
 # With 5 halvings, all that the size of these tests allows, there is no place for dropout.
 SMALL: dict[str, Any] = {"width": 4, "downs": 5, "critic_width": 4, "lr": 0.001}
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The authors' code's step: critic first, translations and true pictures in passes of their own."""
+    a, b = batch.a, batch.b
     g, d = method.generator.generator_ab, method.discriminator.critic_b
     fake = plain.unet(g, a)
 

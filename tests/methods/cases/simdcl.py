@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from tests.methods.cases.common import GLOBAL_BATCH, SEED, plain_nce
 
@@ -37,8 +38,9 @@ def mapped(net: Any, layers: list[Tensor]) -> Tensor:
     return torch.cat(vectors)
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The released code's step: every pass on its own, discriminators first."""
+    a, b = batch.a, batch.b
     g, d, config = method.generator, method.discriminator, method.config
     draws = Draws(SEED, number * GLOBAL_BATCH)
     fake_b, fake_a = g.generator_ab(a)[0], g.generator_ba(b)[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from i2i_dist.data.batch import Batch
 from tests.methods import plain_ugatit as plain
 
 # Pictures of 32 x 32 have attended maps of 8 x 8, which are pooled. With the official 1000 no rate suits both sides.
@@ -16,8 +16,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def step(method: Any, a: Tensor, b: Tensor, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     """The authors' PyTorch code's step: critics first, fakes made anew for each turn, rho clipped at the end."""
+    a, b = batch.a, batch.b
     g, d, config = method.generator, method.discriminator, method.config
     with torch.no_grad():
         fakes = {"a": plain.generator(g.generator_ba, b, config)[0], "b": plain.generator(g.generator_ab, a, config)[0]}
