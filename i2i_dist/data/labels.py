@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -142,7 +143,8 @@ def labelled_subset(classes: _Ints, fraction: float, seed: int) -> _Ints:
         rank[members] = generator(seed, "labelled_subset", int(number)).permutation(len(members))
     valid = np.flatnonzero(classes >= 0)
     by_turns = valid[np.lexsort((classes[valid], rank[valid]))]
-    chosen: _Ints = np.sort(by_turns[: math.ceil(len(valid) * fraction)])
+    count = math.ceil(len(valid) * Fraction(str(fraction)))  # in floating point 0.07 of 100 would be more than 7
+    chosen: _Ints = np.sort(by_turns[:count])
     return chosen
 
 
