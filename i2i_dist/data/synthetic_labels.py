@@ -81,7 +81,8 @@ def _background(rng: np.random.Generator, side: int) -> _Floats:
     angle = rng.uniform(0, 2 * np.pi)
     along = 0.5 + ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)) / (abs(np.cos(angle)) + abs(np.sin(angle)))
     one, other = (_colour(rng.uniform(0, 360), 0.06, rng.uniform(0.3, 0.8)) for _ in range(2))
-    return one + (other - one) * along[..., None]
+    gradient: _Floats = one + (other - one) * along[..., None]
+    return gradient
 
 
 def _colour(hue: float, saturation: float, value: float) -> _Floats:
@@ -125,7 +126,8 @@ def _object(picture: _Floats) -> _Floats | None:
     if contrast < _FAINTEST:
         return None
     # The edge stays where it is, halfway, while noise on either side of it is cut off.
-    return np.clip(2.0 * (colourful - rest) / contrast - 0.5, 0.0, 1.0)
+    mask: _Floats = np.clip(2.0 * (colourful - rest) / contrast - 0.5, 0.0, 1.0)
+    return mask
 
 
 def _is_round(mask: _Floats) -> bool:
