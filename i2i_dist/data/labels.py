@@ -61,7 +61,7 @@ class LabelSpace:
             ValueError: A name is not usable or not known, groups overlap, or there are too many classes.
         """
         self.attributes = tuple(attributes)
-        _check_names(self.attributes, [*at_most_one, *exactly_one])
+        check_names(self.attributes, [*at_most_one, *exactly_one])
         places = {name: place for place, name in enumerate(self.attributes)}
         exclusive = [[places[name] for name in group] for group in at_most_one]
         self.choices = [[places[name] for name in group] for group in exactly_one]
@@ -81,10 +81,16 @@ class LabelSpace:
 
     def text(self, label: Sequence[int]) -> str:
         """Name a label by the attributes that hold, "A+B", or "none"."""
-        return "+".join(name for name, holds in zip(self.attributes, label, strict=True) if holds) or "none"
+        return label_text(self.attributes, label)
 
 
-def _check_names(attributes: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
+def label_text(attributes: Sequence[str], label: Sequence[int]) -> str:
+    """Name a label by the attributes that hold, "A+B", or "none"."""
+    return "+".join(name for name, holds in zip(attributes, label, strict=True) if holds) or "none"
+
+
+def check_names(attributes: Sequence[str], groups: Sequence[Sequence[str]] = ()) -> None:
+    """Refuse names of attributes, and groups of them, that a label space cannot have; raises ValueError."""
     if not attributes:
         raise ValueError("attributes is empty; at least one is needed")
     if len(attributes) > 62:
