@@ -16,6 +16,7 @@ from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
 from i2i_dist.methods.pix2pix import Pix2Pix
 from i2i_dist.methods.simdcl import SimDCL
+from i2i_dist.methods.stargan import StarGAN
 from i2i_dist.methods.ugatit import UGATIT
 
 METHODS: dict[str, type[Method]] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "dclgan": DCLGAN,
     "pix2pix": Pix2Pix,
     "simdcl": SimDCL,
+    "stargan": StarGAN,
     "ugatit": UGATIT,
 }
 
