@@ -60,7 +60,9 @@ def test_losses_are_computed_in_fp32(kind: Kind) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="'ragan' is not known; use one of lsgan, vanilla, hinge, hinge_standard, wgan"):
+    with pytest.raises(
+        ValueError, match="'ragan' is not known; use one of lsgan, vanilla, hinge, hinge_standard, wgan"
+    ):
         discriminator_loss("ragan", REAL, FAKE)
     with pytest.raises(ValueError, match="'ragan'"):
         generator_loss("ragan", FAKE)
