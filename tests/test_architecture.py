@@ -29,7 +29,7 @@ TIERS = [
     {"run_directory", "sampling"},
     {"assembly", "translate", "convert"},
     {"train"},
-    {"bench", "demo"},
+    {"bench", "demo", "studies"},
     {"doctor"},
 ]
 # Several files, one part.
