@@ -175,6 +175,8 @@ def test_others_are_labels_of_labelled_pictures_and_do_not_follow_the_picture(ma
     np.testing.assert_allclose(shares, np.array([5, 4, 2, 4]) / 15, atol=0.05)
     shown = SPACE.numbers(np.concatenate([batch.labels.numpy() for batch in batches]))
     assert abs((shown == others).mean() - 0.25) < 0.05
+    alike = (others[::2] == others[1::2]).mean()  # neighbours have labels of their own
+    assert abs(alike - (5**2 + 4**2 + 2**2 + 4**2) / 15**2) < 0.08
 
 
 def test_to_device_makes_a_labelled_batch(make_reader: MakeReader) -> None:
