@@ -312,11 +312,10 @@ def _check_labels(method: Method, options: Options, others: Sequence[str]) -> No
         raise ConfigError(f"{others[0]}: {name} makes one translation for each of --labels; leave it out")
     if not options.labels:
         space = method.label_space
-        rules = f" ({'; '.join(space.rules)})" if space.rules else ""
         example = ",".join(f"{one}=1" for one, holds in zip(space.attributes, space.classes[-1], strict=True) if holds)
         raise ConfigError(
             f"--labels is missing: {name} translates a picture into one that has given attributes, of "
-            f"{', '.join(space.attributes)}{rules}; write for example --labels {shlex.quote(example)}, or --labels all"
+            f"{space}; write for example --labels {shlex.quote(example)}, or --labels all"
         )
 
 

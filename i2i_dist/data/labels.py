@@ -109,6 +109,10 @@ class LabelSpace:
                 raise ValueError(f"given 1 for {named}; allowed is {rule}")
         return label
 
+    def __str__(self) -> str:
+        rules = f" ({'; '.join(self.rules)})" if self.rules else ""
+        return ", ".join(self.attributes) + rules
+
     def _named(self, places: Sequence[int]) -> list[str]:
         return [self.attributes[place] for place in places]
 
