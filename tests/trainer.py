@@ -13,10 +13,11 @@ from i2i_dist.checkpoint import State
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, Precision, SideEngine
+from i2i_dist.method import SIDES
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides, update
-from tests.methods.cases.common import GLOBAL_BATCH, SEED
-from tests.updates import ExactForward, micro_batches
+from tests.methods.cases.common import SEED
+from tests.updates import ExactForward, global_batch, in_fp32, micro_batches, stages_of
 
 CPU = torch.device("cpu")
 
@@ -25,32 +26,35 @@ class Trainer:
     """A method with its engines, average and pools."""
 
     def __init__(self, method: Any, stage: int, pool: int, precision: Precision = "fp32", half_life: int = 10) -> None:
-        self.method = method
+        self.method, self.batch = method, global_batch(method)
         _, world = rank_and_world()
-        layout = Layout(GLOBAL_BATCH // world, 1, world, stage=stage, precision=precision, persistence_threshold=0)
+        layout = Layout(self.batch // world, 1, world, precision=precision, persistence_threshold=0)
         self.sides: Sides = {
             # With this eps a bias in front of an instance norm, whose gradient is rounding, stays where it is.
-            side: SideEngine(getattr(self.method, side), groups, layout, CPU, eps=1e-3, fused=True)
-            for side, groups in self.method.parameter_groups().items()
-        }
+            side: SideEngine(
+                getattr(method, side), method.parameter_groups()[side], layout._replace(stage=its_stage), CPU,
+                eps=1e-3, fused=True,
+            )
+            for side, its_stage in zip(SIDES, stages_of(method, stage), strict=True)
+        }  # fmt: skip
         self.ema = Ema(self.sides["generator"], half_life)
         self.pools = ImagePools(self.method.fakes, pool, SEED)
         self.exact = precision == "fp32"
 
     def train(self, first: int, after: int) -> None:
         for step in range(first, after):
-            batches = micro_batches(step, 1)
+            batches = micro_batches(self.method, step, 1)
             if not self.exact:
-                batches = [batch._replace(a=batch.a.float(), b=batch.b.float()) for batch in batches]
+                batches = [in_fp32(batch) for batch in batches]
             with ExactForward() if self.exact else torch.enable_grad():
                 update(
                     self.method, self.sides, batches, self.pools,
-                    seed=SEED, number=step, images_seen=step * GLOBAL_BATCH,
+                    seed=SEED, number=step, images_seen=step * self.batch,
                 )  # fmt: skip
-            self.ema.update((step + 1) * GLOBAL_BATCH, GLOBAL_BATCH)
+            self.ema.update((step + 1) * self.batch, self.batch)
 
     def save(self, directory: Path, steps: int, keep: int = 99) -> str | None:
-        state = State(steps * GLOBAL_BATCH, steps, rank_and_world()[1], {"method": {}}, {})
+        state = State(steps * self.batch, steps, rank_and_world()[1], {"method": {}}, {})
         return checkpoint.save(directory, state, self.sides, self.ema, self.pools, keep)
 
     def restore(self, path: Path) -> State:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from i2i_dist.data.batch import Batch
+from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.distributed import rank_and_world
-from i2i_dist.method import SIDES
+from i2i_dist.method import SIDES, Labelled
 from i2i_dist.methods import resolve
 from tests.methods.cases import CASES
 from tests.methods.cases.common import GLOBAL_BATCH, SIZE
@@ -65,17 +65,44 @@ class ExactForward(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def images(step: int) -> tuple[Tensor, Tensor]:
+def global_batch(method: Any) -> int:
+    """Return how many samples an update of a small method has."""
+    return CASES[method.config.name].batch
+
+
+def images(step: int, count: int = GLOBAL_BATCH) -> tuple[Tensor, Tensor]:
     """Return the global batch of an update, float64 [N, 3, SIZE, SIZE] for each domain."""
     draw = torch.Generator().manual_seed(100 + step)
-    a = torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1
-    b = (torch.rand(GLOBAL_BATCH, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1).abs()
+    a = torch.rand(count, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1
+    b = (torch.rand(count, 3, SIZE, SIZE, generator=draw, dtype=torch.float64) * 2 - 1).abs()
     return a, b
 
 
-def whole_batch(step: int) -> Batch:
-    """Return the global batch of an update."""
-    return Batch(*images(step), torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH, step * GLOBAL_BATCH)
+def labels(method: Any, step: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return valid labels of samples, in groups where the method wants them, and of others: float64 [N, L]."""
+    draw = torch.Generator().manual_seed(200 + step)
+    classes = torch.from_numpy(method.label_space.classes).double()
+    others = torch.randint(len(classes), (count,), generator=draw)
+    different, each = method.labelled_group or (1, 1)
+    groups = [torch.randperm(len(classes), generator=draw)[:different] for _ in range(count // (different * each))]
+    return classes[torch.cat(groups).repeat_interleave(each)], classes[others]
+
+
+def whole_batch(method: Any, step: int) -> Any:
+    """Return the global batch of an update, of the kind that the method takes and from the stream whose turn it is."""
+    count = global_batch(method)
+    pictures, positions, first = images(step, count), torch.arange(count) + step * count, step * count
+    if not isinstance(method, Labelled):
+        return Batch(*pictures, positions, first)
+    stream = method.streams[step % len(method.streams)]  # type: ignore[attr-defined]
+    told = labels(method, step, count) if stream == "labelled" else (None, None)
+    return LabelledBatch(pictures[0], *told, positions, first)
+
+
+def in_fp32(batch: Any) -> Any:
+    """Return a batch of any kind in fp32."""
+    fields = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch)
+    return type(batch)(*fields)
 
 
 def part_of(batch: Any, samples: slice) -> Any:
@@ -83,9 +110,14 @@ def part_of(batch: Any, samples: slice) -> Any:
     return type(batch)(*(field[samples] if isinstance(field, Tensor) else field for field in batch))
 
 
-def micro_batches(step: int, accumulation: int) -> list[Batch]:
+def micro_batches(method: Any, step: int, accumulation: int) -> list[Any]:
     """Return this rank's share of an update."""
     rank, world = rank_and_world()
-    size = GLOBAL_BATCH // world // accumulation
+    size = global_batch(method) // world // accumulation
     firsts = range(rank * accumulation * size, (rank + 1) * accumulation * size, size)
-    return [part_of(whole_batch(step), slice(first, first + size)) for first in firsts]
+    return [part_of(whole_batch(method, step), slice(first, first + size)) for first in firsts]
+
+
+def stages_of(method: Any, stage: int) -> tuple[int, int]:
+    """Return a ZeRO stage for both sides, or the highest that the critics can have."""
+    return stage, min(stage, 2) if method.penalised else stage

@@ -1,4 +1,4 @@
-"""The adversarial game's losses on logits: least squares, binary cross-entropy and hinge."""
+"""The adversarial game's losses on logits: least squares, binary cross-entropy, hinge and Wasserstein."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Kind = Literal["lsgan", "vanilla", "hinge", "hinge_standard"]
+Kind = Literal["lsgan", "vanilla", "hinge", "hinge_standard", "wgan"]
 
 
 def discriminator_loss(kind: Kind, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def discriminator_loss(kind: Kind, real_logits: Tensor, fake_logits: Tensor) -> 
 
     Args:
         kind: `"lsgan"`: (p - 1)^2 and p^2; `"vanilla"`: cross-entropy with 1 and 0; `"hinge"` and
-            `"hinge_standard"`: max(0, 1 - p) and max(0, 1 + p).
+            `"hinge_standard"`: max(0, 1 - p) and max(0, 1 + p); `"wgan"`: -p and p.
         real_logits: Logits of real images, any shape.
         fake_logits: Logits of generated images, any shape.
 
@@ -26,13 +26,15 @@ def discriminator_loss(kind: Kind, real_logits: Tensor, fake_logits: Tensor) -> 
     Raises:
         ValueError: For another `kind`.
 
-    Source: Mao et al. 2017; Goodfellow et al. 2014; Lim and Ye 2017.
+    Source: Mao et al. 2017; Goodfellow et al. 2014; Lim and Ye 2017; Arjovsky et al. 2017.
     """
     real, fake = _exact(real_logits), _exact(fake_logits)
     if _known(kind) == "lsgan":
         return (real - 1).square().mean() + fake.square().mean()
     if kind == "vanilla":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if kind == "wgan":
+        return fake.mean() - real.mean()
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
@@ -41,7 +43,7 @@ def generator_loss(kind: Kind, fake_logits: Tensor) -> Tensor:
 
     Args:
         kind: `"lsgan"`: (p - 1)^2; `"vanilla"`: cross-entropy with 1; `"hinge"`: max(0, 1 - p), clamped as in the
-            official DCLGAN code, without gradient where p > 1; `"hinge_standard"`: -p.
+            official DCLGAN code, without gradient where p > 1; `"hinge_standard"` and `"wgan"`: -p.
         fake_logits: Logits of generated images, any shape.
 
     Returns:

@@ -14,8 +14,10 @@ from i2i_dist.methods.bicyclegan import BicycleGAN
 from i2i_dist.methods.cut import CUT
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
+from i2i_dist.methods.matchgan import MatchGAN
 from i2i_dist.methods.pix2pix import Pix2Pix
 from i2i_dist.methods.simdcl import SimDCL
+from i2i_dist.methods.stargan import StarGAN
 from i2i_dist.methods.ugatit import UGATIT
 
 METHODS: dict[str, type[Method]] = {
@@ -23,8 +25,10 @@ METHODS: dict[str, type[Method]] = {
     "cut": CUT,
     "cyclegan": CycleGAN,
     "dclgan": DCLGAN,
+    "matchgan": MatchGAN,
     "pix2pix": Pix2Pix,
     "simdcl": SimDCL,
+    "stargan": StarGAN,
     "ugatit": UGATIT,
 }
 

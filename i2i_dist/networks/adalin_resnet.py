@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2i_dist.networks.attention import ClassActivation
+from i2i_dist.networks.blocks import InstanceNorm
 from i2i_dist.networks.resnet import check_size
-from i2i_dist.ops import adalin, iln, instance_norm_act
+from i2i_dist.ops import adalin, iln
 
 Variance = Literal["unbiased", "biased"]
 
@@ -105,7 +106,7 @@ class _Stage(nn.Module):
     def __init__(self, before: int, after: int, kernel: int, *, stride: int = 1, bias: bool, affine: bool) -> None:
         super().__init__()
         self.conv = _conv(before, after, kernel, stride=stride, bias=bias)
-        self.norm = _InstanceNorm(after, affine)
+        self.norm = InstanceNorm(after, affine)
 
     def forward(self, x: Tensor) -> Tensor:
         normalised: Tensor = self.norm(self.conv(x), activation="relu")
@@ -118,9 +119,9 @@ class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, *, bias: bool, affine: bool) -> None:
         super().__init__()
         self.conv1 = _conv(channels, channels, 3, bias=bias)
-        self.norm1 = _InstanceNorm(channels, affine)
+        self.norm1 = InstanceNorm(channels, affine)
         self.conv2 = _conv(channels, channels, 3, bias=bias)
-        self.norm2 = _InstanceNorm(channels, affine)
+        self.norm2 = InstanceNorm(channels, affine)
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.norm1(self.conv1(x), activation="relu")
@@ -177,22 +178,6 @@ class _Style(nn.Module):
             x = F.adaptive_avg_pool2d(x, self.grid)
         hidden = F.relu(self.hidden2(F.relu(self.hidden1(x.flatten(1)))))
         return self.to_gamma(hidden), self.to_beta(hidden)
-
-
-class _InstanceNorm(nn.Module):
-    """Instance norm with the biased variance, and a learned scale and shift where `affine`."""
-
-    def __init__(self, channels: int, affine: bool) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels)) if affine else None
-        self.beta = nn.Parameter(torch.zeros(channels)) if affine else None
-
-    def forward(self, x: Tensor, *, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        if self.gamma is None or self.beta is None:
-            return instance_norm_act(x, activation=activation, residual=residual)
-        # ILN of instance statistics alone is this norm, with activation and residual in one op.
-        rho = torch.ones_like(self.gamma)
-        return iln(x, self.gamma, self.beta, rho, unbiased=False, activation=activation, residual=residual)
 
 
 class _AdaLIN(nn.Module):

@@ -1,4 +1,4 @@
-"""Parts shared by the networks: fixed resampling filters, the residual block."""
+"""Parts shared by the networks: fixed resampling filters, instance norm, the residual block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2i_dist.ops import instance_norm_act
+from i2i_dist.ops import iln, instance_norm_act
 
 
 class BlurDownsample(nn.Module):
@@ -36,6 +36,23 @@ def upsample(x: Tensor) -> Tensor:
     It equals zero insertion followed by outer([1, 3, 3, 1]) / 16, the filter that anti-aliased generators use.
     """
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class InstanceNorm(nn.Module):
+    """Instance norm with the biased variance, and a learned scale and shift where `affine`."""
+
+    def __init__(self, channels: int, affine: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels)) if affine else None
+        self.beta = nn.Parameter(torch.zeros(channels)) if affine else None
+
+    def forward(self, x: Tensor, *, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """Norm `x` `[N, C, H, W]`; `ops.instance_norm_act` says what the arguments mean."""
+        if self.gamma is None or self.beta is None:
+            return instance_norm_act(x, activation=activation, residual=residual)
+        # ILN of instance statistics alone is this norm, with activation and residual in one op.
+        rho = torch.ones_like(self.gamma)
+        return iln(x, self.gamma, self.beta, rho, unbiased=False, activation=activation, residual=residual)
 
 
 class ResidualBlock(nn.Module):
