@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class LabelSpace:
             ValueError: A name is not usable or not known, groups overlap, or there are too many classes.
         """
         self.attributes = tuple(attributes)
-        _check_names(self.attributes, [*at_most_one, *exactly_one])
+        check_names(self.attributes, [*at_most_one, *exactly_one])
         places = {name: place for place, name in enumerate(self.attributes)}
         exclusive = [[places[name] for name in group] for group in at_most_one]
         self.choices = [[places[name] for name in group] for group in exactly_one]
@@ -118,10 +119,16 @@ class LabelSpace:
 
     def text(self, label: Sequence[int]) -> str:
         """Name a label by the attributes that hold, "A+B", or "none"."""
-        return "+".join(name for name, holds in zip(self.attributes, label, strict=True) if holds) or "none"
+        return label_text(self.attributes, label)
 
 
-def _check_names(attributes: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
+def label_text(attributes: Sequence[str], label: Sequence[int]) -> str:
+    """Name a label by the attributes that hold, "A+B", or "none"."""
+    return "+".join(name for name, holds in zip(attributes, label, strict=True) if holds) or "none"
+
+
+def check_names(attributes: Sequence[str], groups: Sequence[Sequence[str]] = ()) -> None:
+    """Refuse names of attributes, and groups of them, that a label space cannot have; raises ValueError."""
     if not attributes:
         raise ValueError("attributes is empty; at least one is needed")
     if len(attributes) > 62:
@@ -180,7 +187,8 @@ def labelled_subset(classes: _Ints, fraction: float, seed: int) -> _Ints:
         rank[members] = generator(seed, "labelled_subset", int(number)).permutation(len(members))
     valid = np.flatnonzero(classes >= 0)
     by_turns = valid[np.lexsort((classes[valid], rank[valid]))]
-    chosen: _Ints = np.sort(by_turns[: math.ceil(len(valid) * fraction)])
+    count = math.ceil(len(valid) * Fraction(str(fraction)))  # in floating point 0.07 of 100 would be more than 7
+    chosen: _Ints = np.sort(by_turns[:count])
     return chosen
 
 
