@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from tests.methods.cases import bicyclegan, cut, cyclegan, dclgan, pix2pix, simdcl, ugatit
+from tests.methods.cases import bicyclegan, cut, cyclegan, dclgan, opgan, pix2pix, simdcl, ugatit
 
 
 class Case(NamedTuple):
@@ -31,6 +31,7 @@ CASES = {
     "cut": Case(cut.SMALL, cut.step),
     "cyclegan": Case(cyclegan.SMALL, cyclegan.step),
     "dclgan": Case(dclgan.SMALL, dclgan.step),
+    "opgan": Case(opgan.SMALL, opgan.step),
     "pix2pix": Case(pix2pix.SMALL, pix2pix.step),
     "simdcl": Case(simdcl.SMALL, simdcl.step),
     "ugatit": Case(ugatit.SMALL, ugatit.step, scale=1.0),
