@@ -1,12 +1,13 @@
 """OP-GAN: Self-Supervised CycleGAN for Object-Preserving Image-to-Image Domain Adaptation (Xie et al., ECCV 2020).
 
-CycleGAN's networks without its identity term, and a siamese network beside the critics. It compares patches of a
+CycleGAN's networks without its identity term, and a siamese network beside the critics that compares patches of a
 picture and of its translation: what lies at the same place must have its content at the same places (content
-registration), and it must be seen which domains two patches are of (domain classification). A cycle alone is content
-when objects are moved there and back.
+registration), and it must be seen which domains two patches are of (domain classification). A cycle alone has nothing
+against objects that are moved there and back.
 
-No code was released, and the paper's text is known to us only through a summary. The lines below say what was
-published and what is a reconstruction, which is why the only preset is called so.
+No code was released, and the paper's text is known to us only through a summary: the lines below say what was published
+and what is a reconstruction, which is why the only preset is called so. One thing goes beyond the summary, with which
+alone the siamese network soon has one map for all patches, that registers whatever happens: `content_spread`.
 """
 
 from __future__ import annotations
@@ -27,23 +28,16 @@ from i2i_dist.losses.cycle import l1
 from i2i_dist.method import Direction, Gauge, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.critics import DomainPair
 from i2i_dist.networks.init import initialise
-from i2i_dist.networks.patch_content import (
-    CELLS,
-    CELLS_OF_FOUR_PAIRS,
-    Comparison,
-    PatchPairs,
-    SiameseNet,
-    cut_pairs,
-)
+from i2i_dist.networks.patch_content import CELLS, CELLS_OF_FOUR_PAIRS, Comparison, PatchPairs, SiameseNet, cut_pairs
 from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.resnet import ResNetGenerator
 
-# Maps that have nothing to do with each other differ by twice the square of their spread. Below this that is 2e-4, a
-# thousandth of what the adversarial term is where neither side wins: registration then holds nothing in its place.
+# Maps of two patches taken at random differ by twice the square of their spread. Below this that is 2e-4, a thousandth
+# of an adversarial term that neither side wins: nothing is held in its place. Random weights have 0.02 and more.
 _LOWEST_SPREAD = 0.01
 _ADVICE = (
-    "the maps of where the content lies are nearly the same everywhere, with which content registration is satisfied "
-    "whatever happens to objects; lower method.lambda_content, or raise method.lambda_domain, and start over"
+    "all patches have nearly the same map of where their content lies, so content registration holds no object in its "
+    "place; raise method.content_spread or method.lambda_content, and start over"
 )
 
 # Classes of the pairs D1, D2, C1, C2 of a translation: 0 both of A, 1 both of B, 2 one of each. Reconstruction: the
@@ -66,6 +60,7 @@ class Hyperparameters(Section):
     lambda_cycle: Weight = 10.0  # published: alpha (equation 7)
     lambda_content: Weight = 1.0  # published: beta (equation 7), of both terms; the ablation leaves one of them out
     lambda_domain: Weight = 1.0
+    content_spread: Weight = 0.2  # reconstruction: what the maps of a picture's patches spread by at least
     pool_size: NotNegative = 50  # reconstruction, like all that follows: CycleGAN's
     lr: Weight = 2e-4
     betas: tuple[Beta, Beta] = (0.5, 0.999)
@@ -204,17 +199,19 @@ class OPGAN:
     def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Judge, images_seen: int) -> Losses:
         """Published (equations 1, 5 and 6): the critics' terms, and those of the siamese network for both directions.
 
-        Reconstruction: the critics' terms are halved and see the pool, as in CycleGAN. The siamese network sees what
-        the batch's own pictures became.
+        Reconstruction: the critics' terms are halved and see the pool, as in CycleGAN; the siamese network sees what
+        the batch's own pictures became; and the maps of different patches of a picture are to differ.
         """
+        config = self.config
         images = DomainPair(torch.cat([batch.a, outputs.fake_a]), torch.cat([batch.b, outputs.fake_b]))
         said = judge(CriticInput(images, _pairs(batch, outputs)))
         content, domain = _siamese_terms(said.compared)
         return {
             "critic_a": 0.5 * discriminator_loss("lsgan", *said.logits.a.chunk(2)),
             "critic_b": 0.5 * discriminator_loss("lsgan", *said.logits.b.chunk(2)),
-            "siamese_content": self.config.lambda_content * (content[0] + content[1]),
-            "siamese_domain": self.config.lambda_domain * (domain[0] + domain[1]),
+            "siamese_content": config.lambda_content * (content[0] + content[1]),
+            "siamese_spread": config.lambda_content * F.relu(config.content_spread - said.compared.spreads).mean(),
+            "siamese_domain": config.lambda_domain * (domain[0] + domain[1]),
         }
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:

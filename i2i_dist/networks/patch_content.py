@@ -14,6 +14,7 @@ GRID = 3  # published: cells a side of the grid that a picture is cut into
 CELLS = GRID * GRID
 CELLS_OF_FOUR_PAIRS = 7  # two for D1, two for C2, one for C1, two for D2
 _PLACES = 11  # published: places a side of the features of a patch
+_EPS = 1e-6  # so that the root of no variance has a gradient
 _SMALLEST_CELL = 9  # pixels a side; of a smaller one, three halvings leave a single place, which has no instance norm
 
 
@@ -36,13 +37,16 @@ class Comparison(NamedTuple):
     """What the network says of P times four pairs.
 
     Attributes:
-        source_maps: [P, 1, 11, 11] in [0, 1], at least fp32: where the content of the source's patch of C1 lies.
+        source_maps: [P, 11, 11] in [0, 1], at least fp32: where the content of the source's patch of C1 lies.
         translated_maps: The same of the translation's patch.
+        spreads: [P]: the standard deviation of the maps of the source's four patches, which lie at different places.
+            The maps of two patches taken at random differ by twice its square.
         domains: [P, 4, 3], logits of the pairs D1, D2, C1, C2: both of A, both of B, one of each.
     """
 
     source_maps: Tensor
     translated_maps: Tensor
+    spreads: Tensor
     domains: Tensor
 
 
@@ -103,7 +107,7 @@ class SiameseNet(nn.Module):
     Source: Xie et al. 2020, equations 4 to 6.
     """
 
-    spread: Tensor  # of the maps of the last pass: their standard deviation over places, as a mean over maps
+    spread: Tensor  # mean of `Comparison.spreads` in the last pass; watched, and no part of the state
 
     def __init__(self, *, width: int = 64) -> None:
         super().__init__()
@@ -122,26 +126,38 @@ class SiameseNet(nn.Module):
     def forward(self, pairs: PatchPairs) -> Comparison:
         """Compare the patches of pairs."""
         # In passes of their own: in the generator's turn the source is constant, and its pass then leaves no graph.
-        source_maps, source = self._encode(pairs.source, registered=3)
-        translated_maps, translated = self._encode(pairs.translated, registered=0)
-        maps = torch.cat([source_maps, translated_maps]).detach()
-        self.spread.copy_(maps.std((1, 2, 3), correction=0).mean())
+        source, translated = self._encode(pairs.source), self._encode(pairs.translated)
+        source_maps, translated_maps = self._maps(source), self._maps(translated[:, :1])
+        spreads = (source_maps.var(1, correction=0).mean((1, 2)) + _EPS).sqrt()
+        self.spread.copy_(spreads.detach().mean())
+        logits = self._compared(self._domains(source), self._domains(translated))
+        return Comparison(source_maps[:, 3], translated_maps[:, 0], spreads, logits)
+
+    def _encode(self, patches: Tensor) -> Tensor:
+        """Map patches [P, K, 3, h, w] to what both kinds of features are made of, [P, K, F, 11, 11]."""
+        x = instance_norm_act(self.stem(patches.flatten(0, 1)), activation="relu")
+        for halving in self.halvings:
+            x = instance_norm_act(halving(x), activation="relu")
+        return _grouped(F.adaptive_avg_pool2d(x, _PLACES), patches.size(1))
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """Return the maps of the content [P, K, 11, 11], in [0, 1]."""
+        logits = self.to_map(instance_norm_act(self.content(x.flatten(0, 1)), activation="relu"))
+        exact: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _grouped(exact.sigmoid().squeeze(1), x.size(1))
+
+    def _domains(self, x: Tensor) -> Tensor:
+        """Return the domain features [P, K, F, 11, 11]."""
+        return _grouped(F.leaky_relu(self.domain(x.flatten(0, 1)), 0.2), x.size(1))
+
+    def _compared(self, source: Tensor, translated: Tensor) -> Tensor:
+        """Return the logits of all pairs [P, 4, 3] from the domain features of their patches."""
         first = torch.stack([source[:, 0], translated[:, 2], source[:, 3], source[:, 2]], dim=1)
         second = torch.stack([source[:, 1], translated[:, 3], translated[:, 0], translated[:, 1]], dim=1)
         both = torch.cat([first, second], dim=2).flatten(0, 1)  # [4 P, 2 F, 11, 11]
         hidden = F.leaky_relu(self.pair(both), 0.2).mean((2, 3))
-        return Comparison(source_maps, translated_maps, self.to_domains(hidden).unflatten(0, (-1, 4)))
+        return _grouped(self.to_domains(hidden), 4)
 
-    def _encode(self, patches: Tensor, registered: int) -> tuple[Tensor, Tensor]:
-        """Return, of patches [P, 4, 3, h, w], the maps [P, 1, 11, 11] of one and the domain features of all.
 
-        No situation but C1 asks where the content is. The features are [P, 4, F, 11, 11].
-        """
-        x = instance_norm_act(self.stem(patches.flatten(0, 1)), activation="relu")
-        for halving in self.halvings:
-            x = instance_norm_act(halving(x), activation="relu")
-        x = F.adaptive_avg_pool2d(x, _PLACES)
-        content = instance_norm_act(self.content(x.unflatten(0, (-1, 4))[:, registered]), activation="relu")
-        logits = self.to_map(content)
-        maps = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        return maps, F.leaky_relu(self.domain(x), 0.2).unflatten(0, (-1, 4))
+def _grouped(x: Tensor, patches: int) -> Tensor:
+    return x.view(-1, patches, *x.shape[1:])

@@ -56,14 +56,15 @@ def domain_logits(network: nn.Module, one: Tensor, other: Tensor) -> Tensor:
 
 def terms(
     network: nn.Module, sources: Tensor, translations: Tensor, cells: list[list[list[int]]], source_domain: int
-) -> tuple[Tensor, Tensor]:
-    """Return content registration and domain classification of one direction, as means over all pairs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return content registration, domain classification and what the spread lacks to 0.2, of one direction, as means.
 
     `cells[n][r]` are those of picture n: two of the source for D1, that of C2 in the source, that of C1, that of C2 in
     the translation, two of the translation for D2. The domains are 0 for A and 1 for B; a pair of both is class 2.
     """
     content: list[Tensor] = []
     domain: list[Tensor] = []
+    short: list[Tensor] = []
 
     def classify(one: Tensor, other: Tensor, known: int) -> None:
         domain.append(F.cross_entropy(domain_logits(network, one, other), torch.tensor([known])))
@@ -77,7 +78,10 @@ def terms(
             classify(patch(source, there), patch(translated, here), 2)
             maps = [content_map(network, patch(image, same)) for image in (source, translated)]
             content.append(((maps[0] - maps[1]) ** 2).sum() / (11 * 11))
-    return torch.stack(content).mean(), torch.stack(domain).mean()
+            four = torch.stack([content_map(network, patch(source, cell)) for cell in (first, second, there, same)])
+            spread = ((four - four.mean(0)).square().mean() + 1e-6).sqrt()
+            short.append((0.2 - spread).clamp(min=0))
+    return torch.stack(content).mean(), torch.stack(domain).mean(), torch.stack(short).mean()
 
 
 def cells_of(draws: Any, direction: str, positions: Tensor, rounds: int) -> list[list[list[int]]]:

@@ -28,8 +28,8 @@ def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.opt
     cells = {way: plain_siamese.cells_of(draws, way, positions, 1) for way in ("ab", "ba")}
 
     d.requires_grad_(False)
-    content_ab, domain_ab = plain_siamese.terms(d.siamese, a, fake_b, cells["ab"], 0)
-    content_ba, domain_ba = plain_siamese.terms(d.siamese, b, fake_a, cells["ba"], 1)
+    content_ab, domain_ab, _ = plain_siamese.terms(d.siamese, a, fake_b, cells["ab"], 0)
+    content_ba, domain_ba, _ = plain_siamese.terms(d.siamese, b, fake_a, cells["ba"], 1)
     loss = (
         (d.critic_b(fake_b) - 1).pow(2).mean()
         + (d.critic_a(fake_a) - 1).pow(2).mean()
@@ -47,8 +47,9 @@ def step(method: Any, batch: Batch, number: int, optimizers: dict[str, torch.opt
         0.5 * ((critic(real) - 1).pow(2).mean() + critic(fake).pow(2).mean())
         for critic, real, fake in ((d.critic_a, a, fake_a), (d.critic_b, b, fake_b))
     )
-    loss = loss + sum(plain_siamese.terms(d.siamese, a, fake_b, cells["ab"], 0))
-    loss = loss + sum(plain_siamese.terms(d.siamese, b, fake_a, cells["ba"], 1))
+    for source, fake, way in ((a, fake_b, "ab"), (b, fake_a, "ba")):
+        content, domain, short = plain_siamese.terms(d.siamese, source, fake, cells[way], "ab".index(way[0]))
+        loss = loss + content + domain + 0.5 * short  # of the spread it is the mean over all pictures
     optimizers["discriminator"].zero_grad()
     loss.backward()
     optimizers["discriminator"].step()
