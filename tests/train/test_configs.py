@@ -28,6 +28,10 @@ SHORT = {
 }  # fmt: skip
 
 
+def method_of(path: Path) -> str:
+    return str(config.load(path).method["name"])
+
+
 def shrunk(path: Path) -> dict[str, object]:
     """Return the sizes of the method's small version; what the file's preset is about stays."""
     method = config.load(path).method
@@ -62,6 +66,9 @@ def test_every_configuration_trains(path: Path, data: Path, tmp_path: Path) -> N
     found = rows(tmp_path / "run")
     assert [row["images_seen"] for row in found] == [BATCH, 2 * BATCH]
     assert all(math.isfinite(loss) for row in found for loss in row["losses"].values())
+    gauges = [row["gauges"].values() for row in found]
+    assert all(bool(values) == hasattr(METHODS[method_of(path)], "gauges") for values in gauges)
+    assert all(math.isfinite(value) for values in gauges for value in values)
     assert "dropped" not in text
     assert checkpoints(tmp_path / "run") == [directory_name(2 * BATCH)]
     samples = {sheet.stem for sheet in (tmp_path / "run" / "samples").glob("*.png")}
