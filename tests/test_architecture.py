@@ -39,6 +39,7 @@ ALIASES = {
     "command_line": "run_directory",
     "official": "convert",
     "renderings": "translate",
+    "sheets": "translate",
 }
 # These are functions of tensors: they know neither data nor configuration nor each other.
 PURE = {"ops": set(), "networks": {"ops"}, "losses": {"ops"}}

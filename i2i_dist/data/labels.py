@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class LabelSpace:
             fastest.
         choices: For each group of attributes of which exactly one holds, their places.
         free: Places of all other attributes.
+        rules: What makes a label valid, in words, for messages.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class LabelSpace:
         chosen = {place for group in self.choices for place in group}
         self.free = [place for place in range(len(self.attributes)) if place not in chosen]
         self.classes = _classes(len(self.attributes), exclusive, self.choices)
+        self._groups = [("at most one", group) for group in exclusive]
+        self._groups += [("exactly one", group) for group in self.choices]
+        self.rules = [f"{how_many} of {', '.join(self._named(group))}" for how_many, group in self._groups]
         self._bits = 1 << np.arange(len(self.attributes), dtype=np.int64)
         codes = self.classes @ self._bits
         self._order: _Ints = np.argsort(codes)
@@ -78,6 +83,39 @@ class LabelSpace:
         codes = labels.astype(np.int64) @ self._bits
         nearest = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[nearest] == codes, self._order[nearest], -1)
+
+    def parse(self, text: str) -> _Labels:
+        """Read a label, uint8 `[L]`, as people write it: "A=1,B=0"; attributes that are not named are 0.
+
+        Raises:
+            ValueError: That is no valid label; the message says what is allowed.
+        """
+        given: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, value = (word.strip() for word in part.partition("="))
+            if name not in self.attributes:
+                nearest = difflib.get_close_matches(name, self.attributes, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+                raise ValueError(f"no attribute is called '{name}'; allowed is {', '.join(self.attributes)}{hint}")
+            if value not in ("0", "1"):
+                raise ValueError(f"given '{part.strip()}', allowed is {name}=0 or {name}=1")
+            if name in given:
+                raise ValueError(f"{name} stands twice; leave it once")
+            given[name] = int(value)
+        label: _Labels = np.array([given.get(name, 0) for name in self.attributes], dtype=np.uint8)
+        for (how_many, group), rule in zip(self._groups, self.rules, strict=True):
+            holds = [place for place in group if label[place]]
+            if len(holds) > 1 or (how_many == "exactly one" and not holds):
+                named = ", ".join(self._named(holds)) or "none"
+                raise ValueError(f"given 1 for {named}; allowed is {rule}")
+        return label
+
+    def __str__(self) -> str:
+        rules = f" ({'; '.join(self.rules)})" if self.rules else ""
+        return ", ".join(self.attributes) + rules
+
+    def _named(self, places: Sequence[int]) -> list[str]:
+        return [self.attributes[place] for place in places]
 
     def text(self, label: Sequence[int]) -> str:
         """Name a label by the attributes that hold, "A+B", or "none"."""
