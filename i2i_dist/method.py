@@ -52,7 +52,7 @@ class Gauge(NamedTuple):
     """A number that tells whether training goes where it should, and is in no loss.
 
     Attributes:
-        value: Scalar, of what this rank's networks last saw.
+        value: Scalar, of what this rank's networks have lately seen.
         lowest: Below it training is likely stuck.
         advice: What it then means and what to try, to be read after "NAME is 0.004, below 0.01: ".
     """

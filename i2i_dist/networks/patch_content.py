@@ -107,7 +107,7 @@ class SiameseNet(nn.Module):
     Source: Xie et al. 2020, equations 4 to 6.
     """
 
-    spread: Tensor  # mean of `Comparison.spreads` in the last pass; watched, and no part of the state
+    spread: Tensor  # mean of `Comparison.spreads` over the last 50 passes or so; watched, and no part of the state
 
     def __init__(self, *, width: int = 64) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class SiameseNet(nn.Module):
         self.domain = nn.Conv2d(features, features, 3, padding=1)
         self.pair = nn.Conv2d(2 * features, features // 2, 3, stride=2, padding=1)
         self.to_domains = nn.Linear(features // 2, 3)
-        self.register_buffer("spread", torch.zeros(()), persistent=False)
+        self.register_buffer("spread", torch.tensor(torch.nan), persistent=False)
 
     def forward(self, pairs: PatchPairs) -> Comparison:
         """Compare the patches of pairs."""
@@ -129,7 +129,8 @@ class SiameseNet(nn.Module):
         source, translated = self._encode(pairs.source), self._encode(pairs.translated)
         source_maps, translated_maps = self._maps(source), self._maps(translated[:, :1])
         spreads = (source_maps.var(1, correction=0).mean((1, 2)) + _EPS).sqrt()
-        self.spread.copy_(spreads.detach().mean())
+        now = spreads.detach().mean()  # a single picture may well have four patches without content
+        self.spread.copy_(torch.where(self.spread.isnan(), now, torch.lerp(self.spread, now.to(self.spread), 0.02)))
         logits = self._compared(self._domains(source), self._domains(translated))
         return Comparison(source_maps[:, 3], translated_maps[:, 0], spreads, logits)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from i2i_dist.data.folders import open_source
 from i2i_dist.data.labelled_domains import Labelling
 from i2i_dist.data.synthetic_labels import ATTRIBUTES, COLOURS, LABELS_NAME, edit_accuracy, write_labelled_dataset
 from i2i_dist.method import Labelled
+from i2i_dist.studies.runs import train
 from i2i_dist.telemetry.samples import to_uint8
 from i2i_dist.translate import load_method
 
@@ -76,21 +75,6 @@ def configuration(method: str, seed: int, data: Path, options: argparse.Namespac
             "checkpoint_every_images": epoch, "keep_checkpoints": 1, "metrics_port": None,
         },
     }  # fmt: skip
-
-
-def train(folder: Path, name: str, config: dict[str, Any]) -> None:
-    """Train in a process of its own, on one thread, so that several at a time change nothing in what comes out.
-
-    A run that has been trained before is left as it is, and one that was stopped goes on.
-    """
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(config, indent=1))  # JSON is YAML
-    command = [sys.executable, "launchers/train.py", f"--config={path}", f"--run={folder / name}"]
-    print(f"$ {shlex.join(command)}", flush=True)
-    with (folder / f"{name}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with exit code {done.returncode}; {folder / f'{name}.log'} says why")
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_a_run_that_fails_ends_the_study_with_a_sentence(
         return subprocess.CompletedProcess(command, 2)
 
     monkeypatch.setattr(study, "_TEST", 1)
-    monkeypatch.setattr(study.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     assert study.main(["--folder", str(tmp_path), "--seeds", "1", "--pictures", "2"]) == 1
     assert "labels: failed, stargan_0 ended with exit code 2; " in capsys.readouterr().err
 
