@@ -19,15 +19,28 @@ from torch import Tensor
 from i2i_dist import checkpoint, engine_state
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
-from i2i_dist.method import SIDES, Method
+from i2i_dist.method import SIDES, Labelled, Method
 from i2i_dist.methods import resolve
 from i2i_dist.official import files
 from i2i_dist.official.files import listed
-from i2i_dist.official.names import Names, Network, TensorsByName, names
-from i2i_dist.official.networks import FORMS, NETWORKS
+from i2i_dist.official.matchgan import label_keys
+from i2i_dist.official.names import Idle, Names, Network, TensorsByName, names
+from i2i_dist.official.networks import FORMS, MULTIPLES, NETWORKS
 from i2i_dist.pool import ImagePools
 
 _COUNT = torch.empty((), dtype=torch.int64, device="meta")  # a batch norm's count of batches
+
+
+class Attributes(NamedTuple):
+    """What the attributes of labels are called, of which official files only tell how many there are.
+
+    Attributes:
+        names: In their order there.
+        exactly_one: Whether exactly one of them holds.
+    """
+
+    names: Sequence[str]
+    exactly_one: bool
 
 
 class Converted(NamedTuple):
@@ -55,7 +68,9 @@ class _Match(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- from the official
 
 
-def from_official(name: str, source: Path, target: Path, epoch: str | None = None) -> Converted:
+def from_official(
+    name: str, source: Path, target: Path, epoch: str | None = None, attributes: Attributes | None = None
+) -> Converted:
     """Write official networks as a run directory with one checkpoint of 0 images seen.
 
     The sizes of the networks are read off the tensors. Networks that are not there are initialised afresh; a direction
@@ -66,14 +81,16 @@ def from_official(name: str, source: Path, target: Path, epoch: str | None = Non
         source: Directory of the official files.
         target: The run directory, which must not be there.
         epoch: Which of several checkpoints, as its files' names say it; None for the latest, or the only one.
+        attributes: Of methods with labels; None for those of the official code's data sets, by their number.
 
     Raises:
-        ConfigError: `source` has no generator of this method and epoch, or `target` is there.
+        ConfigError: `source` has no generator of this method and epoch, `target` is there, or the attributes do not fit
+            or have to be told.
         CheckpointError: A file cannot be read, or does not hold what the network needs; the message says what.
     """
     networks, found = NETWORKS[name], files.read(name, source, epoch)
     given = {found.places[key]: (networks[key], tensors) for key, tensors in found.tensors.items()}
-    method_class, config = _configuration(name, given)
+    method_class, config = _configuration(name, given, attributes)
     with torch.device("meta"):  # names and shapes are compared before anything is allocated
         template = method_class(config, torch.Generator())
     matches = {}
@@ -99,6 +116,8 @@ def from_official(name: str, source: Path, target: Path, epoch: str | None = Non
         if reason:
             raise CheckpointError(f"{target} cannot be written: {reason}")
     notes = list(_notes(name, config, matches))
+    if isinstance(method, Labelled):
+        notes.append(f"the files do not name the attributes of labels; taken to be {method.label_space}")
     if found.unread:
         notes.append(f"not read, since {name} has no such network: {listed(found.unread)}")
     return Converted(tuple(matches), absent, tuple(notes))
@@ -113,11 +132,19 @@ def _notes(name: str, config: Any, matches: Mapping[str, _Match]) -> Iterator[st
             yield f"{key}: the file does not say which layers of the generator it reads; taken to be {layers}"
 
 
-def _configuration(name: str, given: Mapping[str, tuple[Network, TensorsByName]]) -> tuple[type[Method], BaseModel]:
+def _configuration(
+    name: str, given: Mapping[str, tuple[Network, TensorsByName]], attributes: Attributes | None
+) -> tuple[type[Method], BaseModel]:
     """Return the method with the sizes that its networks have."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
+    found = None
     for network, tensors in given.values():
         sizes = network.sizes(tensors) | sizes  # where two differ, the shapes of one will be refused by name
+        found = network.attributes(tensors) if network.attributes else found
+    if found is not None:
+        sizes |= label_keys(found, *(attributes or Attributes((), False)))
+    elif attributes is not None:
+        raise ConfigError(f"--attributes, --exactly-one: {name} has no labels; leave it out")
     try:
         return resolve({"name": name, **sizes})
     except ConfigError as error:
@@ -127,11 +154,11 @@ def _configuration(name: str, given: Mapping[str, tuple[Network, TensorsByName]]
 def _match(place: str, given: TensorsByName, expected: Names, template: TensorsByName) -> _Match:
     """Find our names for the tensors of one file, all of them there and nothing left over."""
     match = _Match({}, {}, [name for name in given if name in expected.unread])
-    missing = [name for name, ours in expected.tensors.items() if name not in given and ours is not None]
+    missing = [name for name, ours in expected.tensors.items() if name not in given and _is_needed(ours)]
     left_over = [name for name in given if name not in expected.tensors and name not in expected.unread]
     shapes, filters = [], []
     for name, ours in expected.tensors.items():
-        if name not in given:
+        if name not in given or isinstance(ours, Idle):
             continue
         wanted = _COUNT if ours is None else template[ours] if isinstance(ours, str) else ours
         if name in expected.columns:
@@ -149,6 +176,10 @@ def _match(place: str, given: TensorsByName, expected: Names, template: TensorsB
         told = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{place} is not this network; {told}{_hint(given, expected)}")
     return match
+
+
+def _is_needed(ours: str | Tensor | Idle | None) -> bool:
+    return ours is not None and not isinstance(ours, Idle)
 
 
 def _hint(given: TensorsByName, expected: Names) -> str:
@@ -188,6 +219,11 @@ def to_official(name: str, source: Path, target: Path, epoch: str | None = None,
     for key, value in FORMS.get(name, {}).items():
         if (ours := getattr(config, key)) != value:
             raise ConfigError(f"{path} has {key}: {ours}, and the official code of {name} only knows {value}")
+    for key, number in MULTIPLES.get(name, {}).items():
+        if (ours := getattr(config, key)) % number:
+            raise ConfigError(
+                f"{path} has {key}: {ours}, and the official code of {name} only knows multiples of {number}"
+            )
     method = method_class(config, torch.Generator().manual_seed(0))
     for side in SIDES:
         checkpoint.fill(path, side, getattr(method, side), averaged)
@@ -197,7 +233,12 @@ def to_official(name: str, source: Path, target: Path, epoch: str | None = None,
     networks = {key: official_tensors(name, method, config, key, converted["counts"].get(key)) for key in written}
     with _new_directory(target) as directory:
         files.write(name, directory, target.name, epoch, networks)
-    return Converted(written, absent, ())
+    notes = [
+        f"{key}: statistics of instance norms, which its code does not read, are written as mean 0 and variance 1"
+        for key in written
+        if any(isinstance(place, Idle) for place in _names(method, config, NETWORKS[name][key]).tensors.values())
+    ]
+    return Converted(written, absent, tuple(notes))
 
 
 def official_tensors(
@@ -218,6 +259,8 @@ def official_tensors(
     for official, place in expected.tensors.items():
         if place is None:
             tensors[official] = torch.tensor((counts or {}).get(official, 0))
+        elif isinstance(place, Idle):
+            tensors[official] = place.value
         else:
             tensor = ours[place] if isinstance(place, str) else place
             tensors[official] = (tensor[None, :, None, None] if official in expected.columns else tensor).contiguous()
@@ -270,12 +313,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     way.add_argument("--to", choices=known, help="source is a checkpoint, or a run directory for its newest one")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="a directory that is not there yet")
-    parser.add_argument("--epoch", help="which official checkpoint, as its files' names say it (default: the latest)")
+    parser.add_argument(
+        "--epoch",
+        help="which official checkpoint, as its files' names say it (default: the latest; with --to stargan or "
+        "matchgan 200000, which their code reads)",
+    )
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="with --to: averaged or last weights")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--attributes", metavar="A,B,...",
+        help="with --from stargan or matchgan: its attributes in their order (default: those of CelebA or of RaFD)",
+    )  # fmt: skip
+    labels.add_argument("--exactly-one", metavar="A,B,...", help="likewise, if each picture has exactly one of them")
     options = parser.parse_args(arguments)
+    exactly_one = options.exactly_one is not None
+    named = options.exactly_one if exactly_one else options.attributes
+    attributes = None if named is None else Attributes([word.strip() for word in named.split(",")], exactly_one)
     try:
         if options.origin:
-            converted = from_official(options.origin, options.source, options.target, options.epoch)
+            converted = from_official(options.origin, options.source, options.target, options.epoch, attributes)
+        elif attributes:
+            raise ConfigError("--attributes, --exactly-one: with --to the checkpoint has the names; leave it out")
         else:
             averaged = options.weights == "ema"
             converted = to_official(options.to, options.source, options.target, options.epoch, averaged)

@@ -48,6 +48,20 @@ class ParameterGroup(NamedTuple):
     constant: float = 0.0
 
 
+class Gauge(NamedTuple):
+    """A number that tells whether training goes where it should, and is in no loss.
+
+    Attributes:
+        value: Scalar, of what this rank's networks last saw.
+        lowest: Below it training is likely stuck.
+        advice: What it then means and what to try, to be read after "NAME is 0.004, below 0.01: ".
+    """
+
+    value: Tensor
+    lowest: float
+    advice: str
+
+
 class Method(Protocol):
     """A paper. No base class: a method's file shows all that happens.
 
@@ -59,7 +73,7 @@ class Method(Protocol):
     """
 
     Config: ClassVar[type[BaseModel]]
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]  # preset -> values that differ from Config's defaults
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]  # preset, default first -> values that differ from Config's
     ARCHITECTURE: ClassVar[tuple[str, ...]]  # keys of Config that decide which parameters there are
     directions: ClassVar[tuple[Direction, ...]]
 
@@ -128,6 +142,14 @@ class Attentive(Protocol):
 
     def attend(self, image: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
         """Return what `translate` does, and of the same pass heat maps [N, 1, h, w]: any scale, high where it looks."""
+
+
+@runtime_checkable
+class Gauged(Protocol):
+    """A method with numbers that are watched while it trains."""
+
+    def gauges(self) -> Mapping[str, Gauge]:
+        """Return them by name, the same names at all times."""
 
 
 @runtime_checkable

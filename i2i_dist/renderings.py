@@ -1,12 +1,15 @@
-"""What translating makes of a picture: its translation, a heat map beside it, or translations with many codes."""
+"""What translating makes of a picture: its translation, a heat map beside it, or those with many codes or labels."""
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,9 +18,12 @@ from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import BadData
 from i2i_dist.data.decode import decode_image
 from i2i_dist.data.folders import image_paths
-from i2i_dist.method import Attentive, Direction, Method, Styled
+from i2i_dist.data.labels import LabelSpace
+from i2i_dist.method import Attentive, Direction, Labelled, Method, Styled
 from i2i_dist.telemetry.heat_maps import heat_map_pictures
 from i2i_dist.telemetry.samples import to_uint8
+
+_MOST_TARGETS = 32  # what stands above more columns of a sheet cannot be read
 
 
 class Options(NamedTuple):
@@ -30,6 +36,7 @@ class Options(NamedTuple):
         styles: Pictures of the target domain, for a translation with the code of each.
         encoded: Folder of the pictures' partners, for the translation with the code of its own.
         interpolate: So many translations on the way between two codes.
+        labels: Translations into each of these labels, "A=1,B=0"; or ("all",).
     """
 
     attention: bool = False
@@ -38,6 +45,7 @@ class Options(NamedTuple):
     styles: tuple[Path, ...] = ()
     encoded: Path | None = None
     interpolate: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 class Padded(NamedTuple):
@@ -111,11 +119,15 @@ class Renderer:
         _check(method, options)
         self._method, self._direction, self._options = method, direction, options
         self._codes: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
         self._drawn: list[str] = []
         self._partners: dict[Path, list[Path]] = {}
         self.diversities: list[float] = []  # of each picture's samples, where there are several
         if isinstance(method, Styled):
             self._codes = {tag: code[None].to(device) for tag, code in self._shared_codes(method, device).items()}
+        if isinstance(method, Labelled):
+            targets = _targets(method.label_space, options.labels)
+            self._targets = {tag: torch.from_numpy(label)[None].float().to(device) for tag, label in targets.items()}
         if options.encoded is not None:
             for path in image_paths(options.encoded):
                 self._partners.setdefault(path.relative_to(options.encoded).with_suffix(""), []).append(path)
@@ -153,9 +165,14 @@ class Renderer:
         except (ValueError, RuntimeError, MemoryError) as error:
             raise BadData(str(error).strip().partition("\n")[0]) from error
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the results of a picture are called on a sheet that shows them all; empty where there is none."""
+        return tuple(self._targets) if self._options.labels == ("all",) else ()
+
     def names(self, name: Path) -> list[Path]:
         """Name the files that come of the picture called `name`."""
-        tags = [*self._codes, *(["encoded"] if self._options.encoded else [])]
+        tags = [*self._codes, *self._targets, *(["encoded"] if self._options.encoded else [])]
         if tags:
             return [_tagged(name, tag) for tag in tags]
         return [name, *(_attention_names(name) if self._options.attention else ())]
@@ -177,6 +194,10 @@ class Renderer:
             yield from self._styled(self._method, picture, name)
         elif isinstance(self._method, Attentive) and self._options.attention:
             yield from self._attended(self._method, picture, name)
+        elif isinstance(self._method, Labelled):
+            for tag, labels in self._targets.items():
+                translated = self._method.translate_labelled(picture.image, labels)
+                yield Result(_tagged(name, tag), picture.cropped(translated))
         else:
             yield Result(name, picture.cropped(self._method.translate(picture.image, self._direction)))
 
@@ -218,6 +239,33 @@ def _by_number(codes: Iterable[Tensor]) -> dict[str, Tensor]:
     return {f"{number:02d}": code for number, code in enumerate(codes, 1)}
 
 
+def _targets(space: LabelSpace, given: Sequence[str]) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the labels, uint8 [L], that every picture is translated into, by what tells names apart."""
+    if "all" not in given:
+        labels = [_parsed(space, text) for text in given]
+    elif len(given) > 1:
+        raise ConfigError("--labels all: it stands for every valid label; leave out the others")
+    elif len(space.classes) > _MOST_TARGETS:
+        raise ConfigError(
+            f"--labels all: there are {len(space.classes)} valid labels, allowed are at most {_MOST_TARGETS}; name "
+            "those that you want, each by a --labels"
+        )
+    else:
+        labels = list(space.classes)
+    texts = [space.text(label.tolist()) for label in labels]
+    for text, count in Counter(texts).items():
+        if count > 1:
+            raise ConfigError(f"--labels: {count} results of each picture would be called NAME_{text}; leave one")
+    return dict(zip(texts, labels, strict=True))
+
+
+def _parsed(space: LabelSpace, text: str) -> npt.NDArray[np.uint8]:
+    try:
+        return space.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"--labels {text}: {error}") from error
+
+
 def _tagged(name: Path, tag: str) -> Path:
     return name.with_name(f"{name.stem}_{tag}{name.suffix}")
 
@@ -237,6 +285,7 @@ def _check(method: Method, options: Options) -> None:
         "--interpolate": options.interpolate is not None,
     }
     given = [option for option, is_given in wanted.items() if is_given]
+    _check_labels(method, options, given)
     if options.attention and not isinstance(method, Attentive):
         raise ConfigError(f"--attention: {name} has no heat maps; leave it out")
     if given and not isinstance(method, Styled):
@@ -250,6 +299,24 @@ def _check(method: Method, options: Options) -> None:
             "picture; draw codes with --samples N"
         )
     _check_numbers(options)
+
+
+def _check_labels(method: Method, options: Options, others: Sequence[str]) -> None:
+    name = type(method).__name__
+    if not isinstance(method, Labelled):
+        if options.labels:
+            raise ConfigError(f"--labels: {name} does not translate into labels; leave it out")
+        return
+    others = [*others, *(["--attention"] if options.attention else [])]
+    if others:
+        raise ConfigError(f"{others[0]}: {name} makes one translation for each of --labels; leave it out")
+    if not options.labels:
+        space = method.label_space
+        example = ",".join(f"{one}=1" for one, holds in zip(space.attributes, space.classes[-1], strict=True) if holds)
+        raise ConfigError(
+            f"--labels is missing: {name} translates a picture into one that has given attributes, of "
+            f"{space}; write for example --labels {shlex.quote(example)}, or --labels all"
+        )
 
 
 def _check_numbers(options: Options) -> None:

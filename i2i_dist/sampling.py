@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,14 +15,17 @@ from i2i_dist import styles
 from i2i_dist.data.batch import BadData
 from i2i_dist.data.decode import decode_image
 from i2i_dist.data.index import Source
+from i2i_dist.data.labels import LabelSpace
 from i2i_dist.data.transforms import resize
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.ema import Ema
 from i2i_dist.engine_state import persistent_buffers
 from i2i_dist.engines import SideEngine
-from i2i_dist.method import Attentive, Direction, Method, Styled
+from i2i_dist.method import Attentive, Direction, Labelled, Method, Styled
 from i2i_dist.telemetry.heat_maps import heat_map_pictures
 from i2i_dist.telemetry.samples import write_grid
+
+MOST_TARGETS = 16  # columns of translations into labels
 
 _Row = tuple[str, Tensor]
 
@@ -60,12 +64,32 @@ def _picture(source: Source, index: int, size: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1) / 127.5 - 1.0
 
 
+def shown_labels(space: LabelSpace) -> npt.NDArray[np.uint8]:
+    """Return the labels that grids show, uint8 [K, L] with K at most 16.
+
+    They are all that are valid; or, where these are more, the first of them and for each attribute, in order, the one
+    that has it and is else like the first.
+    """
+    if len(space.classes) <= MOST_TARGETS:
+        return space.classes
+    first = space.classes[0]
+    labels = [first]
+    for place in range(len(first)):
+        label = first.copy()
+        label[next((group for group in space.choices if place in group), [])] = 0
+        label[place] = 1
+        if not np.array_equal(label, first):
+            labels.append(label)
+    return np.stack(labels[:MOST_TARGETS])
+
+
 class Sampler:
     """Writes sample grids. Every rank calls it; rank 0, which holds a plain replica of the method, draws them.
 
     For each direction there is a row of pictures and a row of their translations. Of paired methods the true partners
     stand between them; of `Attentive` ones a row below tells where they look; of `Styled` ones there is a row for the
-    code of the partner, and one for each of some codes: those that `translate.py --samples` draws.
+    code of the partner, and one for each of some codes: those that `translate.py --samples` draws. Of `Labelled` ones
+    each picture has a row, with its translation into each of `shown_labels`.
     """
 
     def __init__(
@@ -96,9 +120,11 @@ class Sampler:
         live = persistent_buffers(self._side.module)
         for name, buffer in persistent_buffers(replica.generator).items():
             buffer.copy_(live[name])
-        rows = [row for direction in replica.directions for row in self._rows(replica, direction)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_grid(path, rows)
+        if isinstance(replica, Labelled):
+            write_grid(path, *self._labelled_rows(replica))
+            return
+        write_grid(path, [row for direction in replica.directions for row in self._rows(replica, direction)])
 
     def _rows(self, replica: Method, direction: Direction) -> list[_Row]:
         source, target = direction.split("_to_")
@@ -133,6 +159,15 @@ class Sampler:
             made = self._each(lambda image, codes=codes: replica.translate_styled(image, codes), source)
             rows.append((f"style {number}", made))
         return rows
+
+    def _labelled_rows(self, replica: Labelled) -> tuple[list[_Row], list[str]]:
+        """Return a row for each picture, and what stands above the columns."""
+        heads, columns = ["source"], [self._inputs["a"]]
+        for target in shown_labels(replica.label_space):
+            labels = torch.from_numpy(target)[None].float().to(self._side.device)
+            heads.append(replica.label_space.text(target.tolist()))
+            columns.append(self._each(lambda image, labels=labels: replica.translate_labelled(image, labels), "a"))
+        return [("", row) for row in torch.stack(columns, dim=1)], heads
 
     def _each(self, make: Callable[..., Tensor], *domains: str) -> Tensor:
         """Make pictures of each input, or inputs that belong together, and bring them to the CPU.

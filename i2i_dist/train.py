@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from i2i_dist.config import ConfigError
 from i2i_dist.data.batch import Batch, HostBatch, LabelledBatch, to_device
 from i2i_dist.data.reader import micro_batches
 from i2i_dist.distributed import Ranks, adopt_environment, any_rank, from_first_rank, mean_over_ranks
-from i2i_dist.method import SIDES
+from i2i_dist.method import SIDES, Gauge, Gauged
 from i2i_dist.methods import resolve
 from i2i_dist.step import Step, update
 from i2i_dist.telemetry.console import Meter, plan_text, progress_line, setup_logging
@@ -80,6 +80,8 @@ class Reporter:
         self._losses: dict[str, tuple[Tensor, int]] = {}  # name -> sum, and updates that computed it
         self._bad = dict.fromkeys(sorted(start.dataset), 0)  # domain -> samples replaced since the last record
         self._named: set[tuple[str, str]] = set()
+        self._gauged = run.method if isinstance(run.method, Gauged) else None
+        self._low: set[str] = set()  # gauges that were below their lowest at the last record
         self._ranks, self._device, self._server = run.ranks, run.device, None
         if run.ranks.rank:
             return
@@ -111,21 +113,31 @@ class Reporter:
 
     def write(self) -> None:
         """Print, append and export what happened since the last time. Collective, for every rank has its share."""
-        names = sorted(self._losses)
-        means = [self._losses[name][0] / self._losses[name][1] for name in names]
+        gauges = self._gauged.gauges() if self._gauged is not None else {}
+        means = {name: total / updates for name, (total, updates) in sorted(self._losses.items())}
+        watched = [gauge.value for gauge in gauges.values()]
         bad = torch.tensor(list(self._bad.values()), dtype=torch.float32, device=self._device)
-        shared = mean_over_ranks(torch.cat([torch.stack(means), bad])).tolist()
-        losses = dict(zip(names, shared[: len(names)], strict=True))
-        record = self.meter.record(losses, self.rates, memory_bytes())
-        replaced = [round(share * self._ranks.world) for share in shared[len(names) :]]
+        shared = mean_over_ranks(torch.cat([torch.stack([*means.values(), *watched]), bad])).tolist()
+        losses = dict(zip(means, shared[: len(means)], strict=True))
+        values = dict(zip(gauges, shared[len(means) : -len(bad)], strict=True))
+        record = self.meter.record(losses, self.rates, values, memory_bytes())
+        replaced = [round(share * self._ranks.world) for share in shared[-len(bad) :]]
         _log.info("%s", progress_line(record))
         if self.stats is not None and self.metrics is not None:
             self.stats.append(record)
             self.metrics.update(record)
+            self._warn(gauges, values)
             for domain, number in zip(self._bad, replaced, strict=True):
                 for _ in range(number):
                     self.metrics.bad_sample(domain)
         self._losses, self._bad = {}, dict.fromkeys(self._bad, 0)
+
+    def _warn(self, gauges: Mapping[str, Gauge], values: Mapping[str, float]) -> None:
+        """Tell of gauges that have fallen below their lowest since the last record."""
+        low = {name for name, gauge in gauges.items() if values[name] < gauge.lowest}
+        for name in sorted(low - self._low):
+            _log.warning("%s is %.2g, below %.2g: %s.", name, values[name], gauges[name].lowest, gauges[name].advice)
+        self._low = low
 
     def close(self) -> None:
         """Stop serving metrics."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +24,7 @@ from i2i_dist.data.folders import image_paths
 from i2i_dist.method import Direction, Method
 from i2i_dist.methods import resolve
 from i2i_dist.renderings import Options, Renderer, Result, padded, read_picture
+from i2i_dist.sheets import Sheets, reduced
 from i2i_dist.telemetry.samples import to_uint8
 
 Weights = Literal["ema", "last"]
@@ -122,8 +124,14 @@ def _save(result: Result, target: Path, file_format: str) -> None:
         raise BadData(f"the result cannot be written: {error}") from error
 
 
-def _translate_file(renderer: Renderer, path: Path, name: Path, target: Path, device: torch.device) -> Tensor:
-    """Write the results of one file; return the picture. Raises BadData with what is wrong with it."""
+def _translate_file(
+    renderer: Renderer, path: Path, name: Path, target: Path, device: torch.device
+) -> list[npt.NDArray[np.uint8]]:
+    """Write the results of one file; return the picture and, where a sheet will show them, its translations.
+
+    Raises:
+        BadData: With what is wrong with it.
+    """
     writable = _writable_formats()
     if name.suffix.lower() not in writable:
         found = f"the suffix '{name.suffix}'" if name.suffix else "no suffix"
@@ -132,16 +140,19 @@ def _translate_file(renderer: Renderer, path: Path, name: Path, target: Path, de
         )
     image = read_picture(path)
     height, width, _ = image.shape
+    row = [image.numpy()]
     try:
         for result in renderer.make(image.to(device), name):
             _save(result, target, writable.get(result.name.suffix.lower(), ""))
+            if renderer.heads:
+                row.append(reduced(to_uint8(result.values)[0]))
     except ValueError as error:
         raise BadData(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         # What is known to end here is memory, for which a picture may be too large while the next one is not.
         first_line = str(error).strip().partition("\n")[0]
         raise BadData(f"its {width}x{height} pixels could not be translated: {first_line}") from error
-    return image
+    return row
 
 
 def _check_names(pictures: Sequence[tuple[Path, Path]], renderer: Renderer) -> None:
@@ -173,14 +184,19 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
     method.generator.to(device)
     renderer = Renderer(method, direction, options, device)
     _check_names(pictures, renderer)
-    failed, uneven = 0, 0
+    failed, uneven, sheets = 0, 0, Sheets(target, renderer.heads)
     for path, name in pictures:
         try:
-            height, width, _ = _translate_file(renderer, path, name, target, device).shape
-            uneven += bool(height % method.multiple or width % method.multiple)
+            image, *made = _translate_file(renderer, path, name, target, device)
+            uneven += any(side % method.multiple for side in image.shape[:2])
+            if made:
+                sheets.add([reduced(image), *made])
         except BadData as error:
             failed += 1
             print(f"{path}: left out: {error}", file=sys.stderr, flush=True)
+    sheets.finish()
+    if sheets.problem:
+        print(sheets.problem, file=sys.stderr)
     if uneven:
         needed = method.multiple
         print(f"{uneven} pictures had a side that is no multiple of {needed}: padded by reflection and cropped back")
@@ -191,7 +207,7 @@ def translate_all(method: Method, source: Path, target: Path, direction: Directi
             f"all pairs of {options.samples} samples and {len(renderer.diversities)} pictures"
         )
     print(f"{len(pictures) - failed} pictures translated into {target}" + (f", {failed} left out" if failed else ""))
-    return 1 if failed else 0
+    return 1 if failed or sheets.problem else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,13 +247,22 @@ def _parser() -> argparse.ArgumentParser:
         help="NAME_01 to NAME_N: from one code to another in N steps, both included, in place of the translations with "
         "these two; they are those of --samples 2 or of two --style files",
     )  # fmt: skip
+    labelled = parser.add_argument_group("methods that translate into labels (StarGAN, MatchGAN)")
+    labelled.add_argument(
+        "--labels", action="append", default=[], metavar="A=1,B=0",
+        help="NAME_A: the translation into a picture that has attribute A and none that is not named; may be repeated. "
+        "'all' for every label that is valid; labels-001.png and so on then show all pictures and translations",
+    )  # fmt: skip
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Translate; return the exit code: 0 done, 1 some pictures or the checkpoint are unusable, 2 wrong arguments."""
     given = _parser().parse_args(arguments)
-    options = Options(given.attention, given.samples, given.seed, tuple(given.style), given.encoded, given.interpolate)
+    options = Options(
+        given.attention, given.samples, given.seed, tuple(given.style), given.encoded, given.interpolate,
+        tuple(given.labels),
+    )  # fmt: skip
     try:
         method = load_method(given.checkpoint, given.weights, given.direction)
         return translate_all(method, given.source, given.target, given.direction, options)

@@ -1,4 +1,4 @@
-"""Methods small enough to be reckoned by hand: one that tells where it looks, one with a translation for each code."""
+"""Methods small enough to be reckoned by hand: one that tells where it looks, ones with codes, and with labels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from i2i_dist.data.labels import LabelSpace
 from i2i_dist.method import Direction, ParameterGroup
 
 
@@ -67,6 +68,28 @@ class Coloured(_Fake):
 
     def translate(self, image: Tensor, direction: Direction) -> Tensor:
         return self.translate_styled(image, image.new_zeros(len(image), self.style_dim))
+
+
+class Edited(_Fake):
+    """Adds to red what the labels weigh: 0.4 for the first attribute, 0.2 for the next, and so on."""
+
+    streams: ClassVar[tuple[str, ...]] = ("labelled",)
+    directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
+    labelled_fraction, labelled_group = 1.0, None
+
+    def __init__(self, label_space: LabelSpace) -> None:
+        super().__init__()
+        self.label_space = label_space
+
+    def translate_labelled(self, image: Tensor, labels: Tensor) -> Tensor:
+        assert labels.shape == (len(image), len(self.label_space.attributes)) and labels.dtype == torch.float32
+        weights = 0.8 * 0.5 ** torch.arange(1, labels.shape[1] + 1)
+        red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+        return image * self.generator.gain * 0.5 + (labels @ weights)[:, None, None, None] * red
+
+    def translate(self, image: Tensor, direction: Direction) -> Tensor:
+        first = torch.from_numpy(self.label_space.classes[0]).float()
+        return self.translate_labelled(image, first.expand(len(image), -1))
 
 
 def as_method(fake: _Fake) -> Any:

@@ -29,7 +29,7 @@ TIERS = [
     {"run_directory", "sampling"},
     {"assembly", "translate", "convert"},
     {"train"},
-    {"bench", "demo"},
+    {"bench", "demo", "studies"},
     {"doctor"},
 ]
 # Several files, one part.
@@ -39,6 +39,7 @@ ALIASES = {
     "command_line": "run_directory",
     "official": "convert",
     "renderings": "translate",
+    "sheets": "translate",
 }
 # These are functions of tensors: they know neither data nor configuration nor each other.
 PURE = {"ops": set(), "networks": {"ops"}, "losses": {"ops"}}

@@ -91,6 +91,21 @@ def test_keys_do_not_run_together() -> None:
     assert len({generator(seed, purpose, *key).integers(2**62) for seed, purpose, key in keys}) == len(keys)
 
 
+def test_uniform_numbers_and_distinct_ones_belong_to_samples() -> None:
+    draws, positions = Draws(3, 0), torch.arange(400)
+    mixed = draws.uniform("mix", positions)
+    assert mixed.dtype == torch.float32 and mixed.shape == (400,)
+    assert float(mixed.min()) >= 0 and float(mixed.max()) < 1 and abs(float(mixed.mean()) - 0.5) < 0.05
+    assert torch.equal(draws.uniform("mix", positions[7:9]), mixed[7:9])
+    assert not torch.equal(draws.uniform("other", positions), mixed)
+    cells = draws.distinct("cells", positions, 9, 2)
+    assert cells.dtype == torch.int64 and cells.shape == (400, 2)
+    assert bool((cells[:, 0] != cells[:, 1]).all())
+    assert all(abs(int((cells == cell).sum()) - 800 / 9) < 40 for cell in range(9))
+    assert torch.equal(draws.distinct("cells", positions[7:9], 9, 2), cells[7:9])
+    assert sorted(draws.distinct("all", positions[:1], 9, 9)[0].tolist()) == list(range(9))
+
+
 def test_integers_of_any_library_are_the_same_position() -> None:
     """A position that comes out of an array instead of a list must not draw something else."""
     expected = generator(3, "crop", 7, 2).random()

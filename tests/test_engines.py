@@ -181,14 +181,18 @@ class WithBuffer(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.weight, self.slow = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
         self.register_buffer("memory", torch.full((2,), float(rank_and_world()[0] + 1)))
 
 
 def what_deepspeed_does() -> dict[str, Any]:
     """Run on every rank: what engines.py settles because DeepSpeed would do it otherwise."""
-    group = [ParameterGroup("all", list((module := WithBuffer()).parameters()), 0.1, (0.9, 0.999))]
-    side = SideEngine(module, group, Layout(1, 1, rank_and_world()[1]), torch.device("cpu"))
+    module = WithBuffer()
+    groups = [
+        ParameterGroup("falling", [module.weight], 0.1, (0.9, 0.999)),
+        ParameterGroup("nearly constant", [module.slow], 0.2, (0.9, 0.999), constant=0.75),
+    ]
+    side = SideEngine(module, groups, Layout(1, 1, rank_and_world()[1]), torch.device("cpu"))
     silent = WithBuffer()
     silent_config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
     optimizer = torch.optim.Adam(silent.parameters())
@@ -200,7 +204,7 @@ def what_deepspeed_does() -> dict[str, Any]:
         "buffer": module.memory.tolist(),
         "buffer where nobody broadcasts": silent.memory.tolist(),
         "timeout": reduction_group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
-        "rates": side.set_learning_rate(0.5),
+        "rates": [side.set_learning_rate(factor) for factor in (1.0, 0.5, 0.0)],
     }
 
 
@@ -424,8 +428,10 @@ def test_gradient_collectives_follow_the_timeout(results: dict[str, Any]) -> Non
     assert results["deepspeed"]["timeout"] == 60  # what tests/ranks.py starts with; DeepSpeed's own group has 1800
 
 
-def test_learning_rates_follow_the_factor(results: dict[str, Any]) -> None:
-    assert results["deepspeed"]["rates"] == {"all": 0.05}
+def test_learning_rates_follow_the_factor_but_for_their_constant_share(results: dict[str, Any]) -> None:
+    rates = results["deepspeed"]["rates"]
+    assert [rate["falling"] for rate in rates] == pytest.approx([0.1, 0.05, 0.0])
+    assert [rate["nearly constant"] for rate in rates] == pytest.approx([0.2, 0.175, 0.15])
 
 
 def coupled() -> list[tuple[str, dict[str, Any]]]:

@@ -15,13 +15,15 @@ from PIL import Image
 from i2i_dist import styles
 from i2i_dist import translate as translate_module
 from i2i_dist.data.decode import decode_image
+from i2i_dist.data.labels import LabelSpace
 from i2i_dist.telemetry.heat_maps import heat_map_pictures
 from i2i_dist.telemetry.samples import to_uint8
 from i2i_dist.translate import main
-from tests.fake_methods import Coloured, Watching, as_method
+from tests.fake_methods import Coloured, Edited, Watching, as_method
 from tests.updates import small_method
 
 HEIGHT, WIDTH = 21, 30  # in 24 x 32 when padded
+SPACE = LabelSpace(["Blond_Hair", "Male", "light", "dark"], exactly_one=[["light", "dark"]])
 
 
 @pytest.fixture
@@ -210,6 +212,86 @@ def test_from_one_code_to_another(pictures: Path, tmp_path: Path, monkeypatch: p
         assert np.array_equal(pixels(tmp_path / f"out/x_{number:02d}.png"), expected)
 
 
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def edited(picture: Path, red: float) -> npt.NDArray[np.uint8]:
+    """Return what Edited makes of a picture when its labels weigh so much."""
+    return to_uint8(0.5 * normalised(picture) + torch.tensor([red, 0, 0]).view(3, 1, 1))[0]
+
+
+def test_each_label_has_its_translation(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = ["--labels", "Blond_Hair=1,light=1", "--labels", "dark=1,Male=0", "--labels", "light=1"]
+    assert run(monkeypatch, Edited(SPACE), pictures, *labels) == 0
+    weights = {"Blond_Hair+light": 0.4 + 0.1, "dark": 0.05, "light": 0.1}
+    assert written(pictures) == {f"{n}_{tag}{s}" for n, s in (("x", ".png"), ("deep/y", ".bmp")) for tag in weights}
+    for name, suffix in (("x", ".png"), ("deep/y", ".bmp")):
+        for tag, red in weights.items():
+            made = pixels(pictures.parent / f"out/{name}_{tag}{suffix}")
+            assert np.array_equal(made, edited(pictures / f"{name}{suffix}", red))
+
+
+def test_one_label_is_named_too(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = LabelSpace(["Male"])
+    assert run(monkeypatch, Edited(space), pictures / "x.png", "--labels", "Male=0") == 0
+    assert written(pictures / "x.png") == {"x_none.png"}
+
+
+def test_every_label_and_a_sheet_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """18 pictures: 16 on the first sheet, two on the next, each in a row with its translations."""
+    (tmp_path / "in").mkdir()
+    sources = [np.full((64, 64, 3), (10 * number, 0, 128), dtype=np.uint8) for number in range(18)]
+    for number, source in enumerate(sources):
+        Image.fromarray(source).save(tmp_path / "in" / f"{number:02d}.png")
+    kept: list[Any] = []
+    monkeypatch.setattr("i2i_dist.sheets.write_grid", lambda *given: kept.append(given))
+    assert run(monkeypatch, Edited(SPACE), tmp_path / "in", "--labels", "all") == 0
+    red = {"dark": 0.05, "light": 0.1, "Male+dark": 0.25, "Male+light": 0.3}
+    red |= {f"Blond_Hair+{tag}": 0.4 + weight for tag, weight in red.items()}
+    assert written(tmp_path / "in") == {f"{number:02d}_{tag}.png" for number in range(18) for tag in red}
+    assert [path for path, *_ in kept] == [tmp_path / "out" / f"labels-00{number}.png" for number in (1, 2)]
+    assert all(list(heads) == ["source", *red] for _, _, heads in kept)
+    rows = [to_uint8(images) for _, rows, _ in kept for _, images in rows]
+    assert [len(rows) for _, rows, _ in kept] == [16, 2]
+    for number, (source, row) in enumerate(zip(sources, rows, strict=True)):
+        made = [edited(tmp_path / "in" / f"{number:02d}.png", weight) for weight in red.values()]
+        assert np.array_equal(row, np.stack([source, *made]))
+
+
+def test_a_sheet_of_pictures_of_all_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be read has no row; the others are as large as the largest, though never beyond 256 pixels."""
+    (tmp_path / "in").mkdir()
+    for name, size in (("a", (64, 32)), ("b", (300, 600)), ("c", (8, 8))):
+        Image.new("RGB", size, (0, 128, 0)).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in" / "aa.png").write_bytes(b"nothing")
+    kept: list[Any] = []
+    monkeypatch.setattr("i2i_dist.sheets.write_grid", lambda path, rows, heads: kept.extend(rows))
+    assert run(monkeypatch, Edited(SPACE), tmp_path / "in", "--labels", "all") == 1
+    assert "aa.png: left out: " in capfd.readouterr().err
+    assert [tuple(images.shape) for _, images in kept] == [(9, 3, 128, 256), (9, 3, 256, 128), (9, 3, 256, 256)]
+    assert all((to_uint8(images[:1])[0] == (0, 128, 0)).all() for _, images in kept)
+
+
+def test_the_sheet_is_a_picture_of_its_own(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, Edited(LabelSpace(["labels", "B"])), pictures, "--labels", "all") == 0
+    tags = ("none", "B", "labels", "labels+B")
+    results = {f"{n}_{tag}{s}" for n, s in (("x", ".png"), ("deep/y", ".bmp")) for tag in tags}
+    assert written(pictures) == {"labels-001.png"} | results
+    assert pixels(pictures.parent / "out" / "labels-001.png").shape[1] > 5 * 4 * WIDTH
+
+
+def test_a_sheet_that_cannot_be_written_is_told(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (pictures.parent / "out" / "labels-001.png" / "full").mkdir(parents=True)
+    assert run(monkeypatch, Edited(SPACE), pictures, "--labels", "all") == 1
+    out, err = capfd.readouterr()
+    assert len(err.splitlines()) == 1 and "out/labels-001.png cannot be written: " in err
+    assert "2 pictures translated" in out and len(written(pictures)) == 16
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -237,6 +319,31 @@ def test_from_one_code_to_another(pictures: Path, tmp_path: Path, monkeypatch: p
         (Coloured(), "--style IN/none.png", "--style .*none.png: cannot be read: .*; give another picture"),
         (Coloured(), "--style IN/x.png --style IN/./x.png", "2 results of each picture would be called NAME_x; rename"),
         (Coloured(), "--encoded IN/none", "--encoded .*none: no picture there"),
+        (Watching(), "--labels Male=1", "--labels: Watching does not translate into labels; leave it out"),
+        (Coloured(), "--labels all", "--labels: Coloured does not translate into labels; leave it out"),
+        (
+            Edited(SPACE),
+            "",
+            "--labels is missing: Edited .* of Blond_Hair, Male, light, dark \\(exactly one of light, dark\\); "
+            "write for example --labels Blond_Hair=1,Male=1,light=1, or --labels all",
+        ),
+        (Edited(LabelSpace(["red hair"])), "", "attributes, of red hair; write for example --labels 'red hair=1', or"),
+        (Edited(SPACE), "--labels all --samples 2", "--samples: Edited makes one translation for each of --labels; l"),
+        (Edited(SPACE), "--labels all --style IN/x.png", "--style: Edited makes one translation for each of --labels"),
+        (Edited(SPACE), "--labels all --encoded IN", "--encoded: Edited makes one translation"),
+        (Edited(SPACE), "--labels all --attention", "--attention: Edited makes one translation for each of --labels"),
+        (Edited(SPACE), "--attention", "--attention: Edited makes one translation for each of --labels; leave it out"),
+        (Edited(SPACE), "--labels all --seed 1", "--seed: it is what --samples draws its codes from"),
+        (Edited(SPACE), "--labels Mole=1,dark=1", "--labels Mole=1,dark=1: no attribute .* did you mean 'Male'"),
+        (Edited(SPACE), "--labels Male=1", "--labels Male=1: given 1 for none; allowed is exactly one of light, dark"),
+        (Edited(SPACE), "--labels all --labels dark=1", "--labels all: it stands for every valid label; leave out"),
+        (
+            Edited(SPACE),
+            "--labels dark=1 --labels dark=1,Male=0",
+            "--labels: 2 results of each picture would be called NAME_dark; leave one",
+        ),
+        (Edited(LabelSpace("abcdef")), "--labels all", "there are 64 valid labels, allowed are at most 32; name those"),
+        (Edited(SPACE), "--labels all --direction b_to_a", "given 'b_to_a', but .* translates a_to_b only"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_sentence(
@@ -271,6 +378,12 @@ def test_maps_belong_to_plain_translations(
         (Watching(), ("x.png", "x_attention.png"), "--attention", "x_attention.png"),
         (Watching(), ("x.bmp", "x.png"), "--attention", "x_attention.png"),
         (Coloured(), ("x.png", "x_a.png"), "--style a_a.png --style a.png", "x_a_a.png"),
+        (
+            Edited(LabelSpace(["a", "a_a"])),
+            ("x.png", "x_a.png"),
+            "--labels a_a=1 --labels a=1",
+            "x_a_a.png",
+        ),
     ],
 )
 def test_no_result_replaces_another(

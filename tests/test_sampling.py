@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,10 +17,11 @@ from PIL import Image
 from i2i_dist import assembly, sampling, styles
 from i2i_dist.config import ConfigError, DataConfig, OutputConfig, RunConfig, validate
 from i2i_dist.data.folders import open_source
+from i2i_dist.data.labels import LabelSpace
 from i2i_dist.data.pairs import paired
 from i2i_dist.sampling import Sampler
 from i2i_dist.telemetry.heat_maps import heat_map_pictures
-from tests.fake_methods import Coloured, Watching, as_method
+from tests.fake_methods import Coloured, Edited, Watching, as_method
 from tests.updates import small_method
 
 SIZE = 24
@@ -113,7 +115,7 @@ class Drawn:
             device=torch.device("cpu"), module=fake.generator, autocast=lambda: contextlib.nullcontext()
         )
         average: Any = SimpleNamespace(load_into=_halve)
-        for name in ("translate", "attend", "translate_styled", "encode"):
+        for name in ("translate", "attend", "translate_styled", "encode", "translate_labelled"):
             if hasattr(fake, name):
                 setattr(fake, name, self._noted(getattr(fake, name)))
         self.sampler = Sampler(as_method(fake), self.side, average, self.inputs, style_count)
@@ -162,6 +164,36 @@ def test_styles_stand_below_the_true_partner(monkeypatch: pytest.MonkeyPatch, tm
     assert all(torch.equal(again[label], sheet[label]) for label in sheet)
 
 
+def test_each_picture_has_a_row_of_all_its_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    space = LabelSpace(["Male", "light", "dark"], exactly_one=[["light", "dark"]])
+    drawn = Drawn(monkeypatch, Edited(space))
+    kept: list[Any] = []
+    monkeypatch.setattr(sampling, "write_grid", lambda *given: kept.append(given))
+    drawn.sampler.write(tmp_path / "deep" / "sheet.png")
+    [(path, rows, heads)] = kept
+    assert path == tmp_path / "deep" / "sheet.png" and path.parent.is_dir()
+    assert heads == ["source", "dark", "light", "Male+dark", "Male+light"]
+    assert [label for label, _ in rows] == [""] * 3
+    for source, (_, images) in zip(drawn.inputs["a"], rows, strict=True):
+        red = torch.tensor([0.1, 0.2, 0.5, 0.6])[:, None, None, None] * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+        assert torch.allclose(images, torch.cat([source[None], 0.25 * source + red]), atol=1e-6)
+    assert set(drawn.seen) == {1}, "more memory than a training step"
+
+
+def test_of_many_labels_those_are_shown_that_change_one_thing() -> None:
+    few = LabelSpace("abcd")
+    assert np.array_equal(sampling.shown_labels(few), few.classes)
+    many = LabelSpace("abcdef", at_most_one=["ab"], exactly_one=["df"])
+    shown = sampling.shown_labels(many)
+    assert [many.text(label.tolist()) for label in shown] == ["f", "a+f", "b+f", "c+f", "d", "e+f"]
+    assert (many.numbers(shown) >= 0).all()
+    most = LabelSpace([f"n{number}" for number in range(16)])
+    assert [most.text(label.tolist()) for label in sampling.shown_labels(most)] == [
+        "none",
+        *(f"n{number}" for number in range(15)),
+    ]
+
+
 def test_a_paired_method_shows_the_true_partners(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn = Drawn(monkeypatch, small_method("pix2pix"))
     sheet = drawn.sheet(tmp_path / "sheet.png")
@@ -190,6 +222,16 @@ def test_a_sheet_of_the_most_rows_and_columns_is_written(tmp_path: Path) -> None
     average: Any = SimpleNamespace(load_into=lambda module: None)
     Sampler(as_method(fake), side, average, pictures, 16).write(tmp_path / "deep" / "sheet.png")
     assert Image.open(tmp_path / "deep" / "sheet.png").size[1] > 19 * 60
+
+
+def test_a_sheet_of_the_most_pictures_and_labels_is_written(tmp_path: Path) -> None:
+    fake = Edited(LabelSpace([f"An_Attribute_of_a_Long_Name_{number}" for number in range(4)]))
+    side: Any = SimpleNamespace(
+        device=torch.device("cpu"), module=fake.generator, autocast=lambda: contextlib.nullcontext()
+    )
+    average: Any = SimpleNamespace(load_into=lambda module: None)
+    Sampler(as_method(fake), side, average, {"a": torch.zeros(32, 3, 64, 64)}, 4).write(tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[1] > 32 * 64
 
 
 @pytest.mark.parametrize("count", [0, 17])

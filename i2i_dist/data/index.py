@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from i2i_dist.data import label_member
 from i2i_dist.data.batch import BadData
 from i2i_dist.data.labels import SampleLabels
 from i2i_dist.data.tar import Scan, scan_shard
@@ -97,6 +98,7 @@ class Index:
         sizes: int64 `[samples]`, its bytes.
         crcs: uint32 `[samples]`, its CRC-32.
         keys: The samples' names.
+        labels: What is known of the samples; None where no shard holds labels.
     """
 
     shards: tuple[str, ...]
@@ -107,12 +109,15 @@ class Index:
     sizes: npt.NDArray[np.int64]
     crcs: npt.NDArray[np.uint32]
     keys: Keys
+    labels: SampleLabels | None = None
 
     def fingerprint(self) -> str:
-        """Return the sha256 over keys, sizes, checksums and their division into shards."""
+        """Return the sha256 over keys, sizes, checksums, their division into shards, and labels if there are some."""
         digest = hashlib.sha256(self.keys.text.tobytes())
         for numbers in (self.keys.ends, self.sizes, self.crcs, self.counts):
             digest.update(numbers.tobytes())
+        if self.labels is not None:
+            digest.update(repr(self.labels.attributes).encode() + self.labels.values.tobytes())
         return digest.hexdigest()
 
 
@@ -120,6 +125,9 @@ def build_index(shards: Sequence[Path]) -> Index:
     """Scan shards, reading every byte once; see `scan_shard` for what is accepted.
 
     Keys that occur in several shards are prefixed with the shard's name.
+
+    Raises:
+        ValueError: A shard holds what no data set should, or labels of other attributes than another shard.
     """
     scans: list[Scan] = [scan_shard(shard) for shard in shards]
     samples = [sample for scan in scans for sample in scan.samples]
@@ -135,12 +143,34 @@ def build_index(shards: Sequence[Path]) -> Index:
         sizes=np.array([sample.size for sample in samples], dtype=np.int64),
         crcs=np.array([sample.crc for sample in samples], dtype=np.uint32),
         keys=Keys.of(keys),
+        labels=_labels(shards, scans),
     )
+
+
+def _labels(shards: Sequence[Path], scans: Sequence[Scan]) -> SampleLabels | None:
+    """Put together what the shards say of their samples; all of which nothing is said is not known."""
+    labelled = [(shard, scan.attributes) for shard, scan in zip(shards, scans, strict=True) if scan.attributes]
+    if not labelled:
+        return None
+    first, attributes = labelled[0]
+    for shard, others in labelled:
+        if others != attributes:
+            raise ValueError(
+                f"The shard {shard} holds labels of other attributes than {first.name} "
+                f"({label_member.other_attributes(others, attributes)}); one domain has the same everywhere: pack the "
+                "data again with launchers/pack.py."
+            )
+    unknown = b"\xff" * len(attributes)
+    rows = b"".join(unknown if s.labels is None else s.labels for scan in scans for s in scan.samples)
+    return SampleLabels(attributes, np.frombuffer(rows, dtype=np.int8).reshape(-1, len(attributes)))
 
 
 def save_index(index: Index, path: Path) -> None:
     """Write an index atomically; ranks that do so at the same time replace one another's equal files."""
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    labels: dict[str, Any] = {}
+    if index.labels is not None:
+        labels = {"attributes": np.array(index.labels.attributes), "labels": index.labels.values}
     try:
         with temporary.open("wb") as file:
             np.savez(
@@ -155,6 +185,7 @@ def save_index(index: Index, path: Path) -> None:
                 crcs=index.crcs,
                 key_text=index.keys.text,
                 key_ends=index.keys.ends,
+                **labels,
             )
             file.flush()
             os.fsync(file.fileno())
@@ -173,6 +204,9 @@ def load_index(path: Path) -> Index:
         with np.load(path, allow_pickle=False) as stored:
             if int(stored["format"]) != _FORMAT:
                 raise ValueError(f"format {int(stored['format'])} instead of {_FORMAT}")
+            labels = None
+            if "labels" in stored:
+                labels = SampleLabels(tuple(stored["attributes"].tolist()), stored["labels"])
             index = Index(
                 shards=tuple(stored["shards"].tolist()),
                 shard_sizes=stored["shard_sizes"],
@@ -182,9 +216,12 @@ def load_index(path: Path) -> Index:
                 sizes=stored["sizes"],
                 crcs=stored["crcs"],
                 keys=Keys(stored["key_text"], stored["key_ends"]),
+                labels=labels,
             )
         if {len(index.offsets), len(index.sizes), len(index.crcs), len(index.keys)} != {int(index.counts.sum())}:
             raise ValueError("its tables differ in length")
+        if labels is not None and labels.values.shape != (len(index.keys), len(labels.attributes)):
+            raise ValueError("its labels differ in number from its samples")
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"The index {path} cannot be used ({error}). Delete it, and it is built again from the shards."
@@ -195,14 +232,13 @@ def load_index(path: Path) -> Index:
 class ShardSource:
     """The images of a folder of tar shards."""
 
-    labels: SampleLabels | None = None
-
     def __init__(self, folder: Path, name: str, index: Index) -> None:
         """Read `index.shards` inside `folder`."""
         self.name = name
         self.counts: Sequence[int] = index.counts.tolist()
         self.keys: Sequence[str] = index.keys
         self.fingerprint = index.fingerprint()
+        self.labels = index.labels
         self._folder, self._index = folder, index
         self._firsts = [0, *accumulate(self.counts)]
         self._descriptors: OrderedDict[int, int] = OrderedDict()

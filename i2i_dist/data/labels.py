@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,6 +43,7 @@ class LabelSpace:
             fastest.
         choices: For each group of attributes of which exactly one holds, their places.
         free: Places of all other attributes.
+        rules: What makes a label valid, in words, for messages.
     """
 
     def __init__(
@@ -60,13 +63,16 @@ class LabelSpace:
             ValueError: A name is not usable or not known, groups overlap, or there are too many classes.
         """
         self.attributes = tuple(attributes)
-        _check_names(self.attributes, [*at_most_one, *exactly_one])
+        check_names(self.attributes, [*at_most_one, *exactly_one])
         places = {name: place for place, name in enumerate(self.attributes)}
         exclusive = [[places[name] for name in group] for group in at_most_one]
         self.choices = [[places[name] for name in group] for group in exactly_one]
         chosen = {place for group in self.choices for place in group}
         self.free = [place for place in range(len(self.attributes)) if place not in chosen]
         self.classes = _classes(len(self.attributes), exclusive, self.choices)
+        self._groups = [("at most one", group) for group in exclusive]
+        self._groups += [("exactly one", group) for group in self.choices]
+        self.rules = [f"{how_many} of {', '.join(self._named(group))}" for how_many, group in self._groups]
         self._bits = 1 << np.arange(len(self.attributes), dtype=np.int64)
         codes = self.classes @ self._bits
         self._order: _Ints = np.argsort(codes)
@@ -78,12 +84,51 @@ class LabelSpace:
         nearest = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[nearest] == codes, self._order[nearest], -1)
 
+    def parse(self, text: str) -> _Labels:
+        """Read a label, uint8 `[L]`, as people write it: "A=1,B=0"; attributes that are not named are 0.
+
+        Raises:
+            ValueError: That is no valid label; the message says what is allowed.
+        """
+        given: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, value = (word.strip() for word in part.partition("="))
+            if name not in self.attributes:
+                nearest = difflib.get_close_matches(name, self.attributes, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+                raise ValueError(f"no attribute is called '{name}'; allowed is {', '.join(self.attributes)}{hint}")
+            if value not in ("0", "1"):
+                raise ValueError(f"given '{part.strip()}', allowed is {name}=0 or {name}=1")
+            if name in given:
+                raise ValueError(f"{name} stands twice; leave it once")
+            given[name] = int(value)
+        label: _Labels = np.array([given.get(name, 0) for name in self.attributes], dtype=np.uint8)
+        for (how_many, group), rule in zip(self._groups, self.rules, strict=True):
+            holds = [place for place in group if label[place]]
+            if len(holds) > 1 or (how_many == "exactly one" and not holds):
+                named = ", ".join(self._named(holds)) or "none"
+                raise ValueError(f"given 1 for {named}; allowed is {rule}")
+        return label
+
+    def __str__(self) -> str:
+        rules = f" ({'; '.join(self.rules)})" if self.rules else ""
+        return ", ".join(self.attributes) + rules
+
+    def _named(self, places: Sequence[int]) -> list[str]:
+        return [self.attributes[place] for place in places]
+
     def text(self, label: Sequence[int]) -> str:
         """Name a label by the attributes that hold, "A+B", or "none"."""
-        return "+".join(name for name, holds in zip(self.attributes, label, strict=True) if holds) or "none"
+        return label_text(self.attributes, label)
 
 
-def _check_names(attributes: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
+def label_text(attributes: Sequence[str], label: Sequence[int]) -> str:
+    """Name a label by the attributes that hold, "A+B", or "none"."""
+    return "+".join(name for name, holds in zip(attributes, label, strict=True) if holds) or "none"
+
+
+def check_names(attributes: Sequence[str], groups: Sequence[Sequence[str]] = ()) -> None:
+    """Refuse names of attributes, and groups of them, that a label space cannot have; raises ValueError."""
     if not attributes:
         raise ValueError("attributes is empty; at least one is needed")
     if len(attributes) > 62:
@@ -142,7 +187,8 @@ def labelled_subset(classes: _Ints, fraction: float, seed: int) -> _Ints:
         rank[members] = generator(seed, "labelled_subset", int(number)).permutation(len(members))
     valid = np.flatnonzero(classes >= 0)
     by_turns = valid[np.lexsort((classes[valid], rank[valid]))]
-    chosen: _Ints = np.sort(by_turns[: math.ceil(len(valid) * fraction)])
+    count = math.ceil(len(valid) * Fraction(str(fraction)))  # in floating point 0.07 of 100 would be more than 7
+    chosen: _Ints = np.sort(by_turns[:count])
     return chosen
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from i2i_dist.data import label_member
 from i2i_dist.data.decode import IMAGE_SUFFIXES
 
 _BLOCK = 512
@@ -28,12 +31,18 @@ _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's rule:
 
 
 class Sample(NamedTuple):
-    """One image inside a shard: its key, and where its bytes are."""
+    """One image inside a shard: its key, where its bytes are, and its labels.
+
+    Attributes:
+        labels: As bytes, int8 for each of the shard's attributes: 1, 0, or -1 where it is not known; None for nothing
+            being known at all.
+    """
 
     key: str
     offset: int
     size: int
     crc: int
+    labels: bytes | None = None
 
 
 class Scan(NamedTuple):
@@ -43,11 +52,13 @@ class Scan(NamedTuple):
         size: Bytes of the file.
         samples: The images, in the order of the shard.
         damage: A clause that says what is wrong and at which byte, or "".
+        attributes: What the labels are of, sorted; () where no sample has any.
     """
 
     size: int
     samples: list[Sample]
     damage: str
+    attributes: tuple[str, ...] = ()
 
 
 class _Member(NamedTuple):
@@ -64,53 +75,92 @@ def scan_shard(path: Path) -> Scan:
     """List the images of a shard, with the checksum of each.
 
     Reads ustar, GNU and pax tar files as WebDataset writes and reads them: adjacent members with the same name up to
-    the first dot of the base name form a sample, one of them is its image, and the others are ignored. Whatever stands
-    before a damaged place is used.
+    the first dot of the base name form a sample, one of them is its image, another may be its labels (see
+    `i2i_dist.data.label_member`), and the others are ignored. Whatever stands before a damaged place is used.
 
     Raises:
         ValueError: The shard holds something that no data set should: links, devices, sparse files, names that lead
-            out of the folder, a key twice, or two images under one key.
+            out of the folder, a key twice, two images under one key, labels that are not valid or of other attributes
+            than those before.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
-        samples: list[Sample] = []
+        found = _Samples(path)
         damage = ""
         try:
-            for sample in _samples(descriptor, size, path):
-                samples.append(sample)
-        except _DamageError as found:
-            damage = str(found)
-        return Scan(size, samples, damage)
+            for member in _members(descriptor, size, path):
+                found.add(descriptor, member)
+        except _DamageError as error:
+            damage = str(error)
+        return Scan(size, found.samples, damage, found.attributes)
     finally:
         os.close(descriptor)
 
 
-def _samples(descriptor: int, size: int, path: Path) -> Iterator[Sample]:
-    seen: set[str] = set()
-    current, has_image = "", False
-    for member in _members(descriptor, size, path):
+class _Samples:
+    """The samples of a shard, put together from its members."""
+
+    def __init__(self, path: Path) -> None:
+        self.samples: list[Sample] = []
+        self.attributes: tuple[str, ...] = ()
+        self._path = path
+        self._seen: set[str] = set()
+        self._key, self._has_image = "", False
+        self._labels: bytes | None = None
+
+    def add(self, descriptor: int, member: _Member) -> None:
         match = _KEY.fullmatch(member.name)
         if match is None:
-            continue  # WebDataset skips names without a key, too
+            return  # WebDataset skips names without a key, too
         key, suffix = match.groups()
-        if key != current:
-            if key in seen:
-                raise ValueError(
-                    f"The shard {path} holds the key {key!r} in two places. Keys must be unique within a shard, and "
-                    "the members of a sample adjacent: pack the data again with launchers/pack.py."
-                )
-            seen.add(key)
-            current, has_image = key, False
-        if suffix.lower().rpartition(".")[2] not in IMAGE_SUFFIXES:
-            continue
-        if has_image:
+        if key != self._key:
+            self._begin(key)
+        if suffix.lower() == label_member.SUFFIX:
+            self._add_labels(descriptor, member)
+        elif suffix.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
+            self._add_image(descriptor, member)
+
+    def _begin(self, key: str) -> None:
+        if key in self._seen:
             raise ValueError(
-                f"The shard {path} holds a second image, {member.name!r}, under the key {key!r}; a sample is one "
-                "image, and a key ends at the first dot: pack the data again with launchers/pack.py."
+                f"The shard {self._path} holds the key {key!r} in two places. Keys must be unique within a shard, and "
+                "the members of a sample adjacent: pack the data again with launchers/pack.py."
             )
-        has_image = True
-        yield Sample(key, member.offset, member.size, _checksum(descriptor, member))
+        self._seen.add(key)
+        self._key, self._has_image, self._labels = key, False, None
+
+    def _add_image(self, descriptor: int, member: _Member) -> None:
+        if self._has_image:
+            raise ValueError(
+                f"The shard {self._path} holds a second image, {member.name!r}, under the key {self._key!r}; a sample "
+                "is one image, and a key ends at the first dot: pack the data again with launchers/pack.py."
+            )
+        self._has_image = True
+        crc = _checksum(descriptor, member)
+        self.samples.append(Sample(self._key, member.offset, member.size, crc, self._labels))
+
+    def _add_labels(self, descriptor: int, member: _Member) -> None:
+        """Take a sample's labels, which stand before its image or after it."""
+        try:
+            if self._labels is not None:
+                raise ValueError("is the second of its key")
+            if member.size > label_member.MAX_BYTES:
+                raise ValueError(f"has {member.size} bytes, and labels have at most {label_member.MAX_BYTES}")
+            labels = label_member.decode_labels(os.pread(descriptor, member.size, member.offset))
+            attributes = tuple(labels)
+            if self.attributes and attributes != self.attributes:
+                others = label_member.other_attributes(attributes, self.attributes)
+                raise ValueError(f"names other attributes than the samples before it: {others}")
+        except ValueError as error:
+            raise ValueError(
+                f"The shard {self._path} holds {member.name!r}, which {error}. Pack the data again with "
+                "launchers/pack.py, or leave such members out."
+            ) from None
+        self.attributes = attributes
+        self._labels = np.array(list(labels.values()), dtype=np.int8).tobytes()
+        if self._has_image:
+            self.samples[-1] = self.samples[-1]._replace(labels=self._labels)
 
 
 def _checksum(descriptor: int, member: _Member) -> int:

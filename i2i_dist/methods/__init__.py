@@ -15,6 +15,7 @@ from i2i_dist.methods.cut import CUT
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.methods.dclgan import DCLGAN
 from i2i_dist.methods.matchgan import MatchGAN
+from i2i_dist.methods.opgan import OPGAN
 from i2i_dist.methods.pix2pix import Pix2Pix
 from i2i_dist.methods.simdcl import SimDCL
 from i2i_dist.methods.stargan import StarGAN
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "cyclegan": CycleGAN,
     "dclgan": DCLGAN,
     "matchgan": MatchGAN,
+    "opgan": OPGAN,
     "pix2pix": Pix2Pix,
     "simdcl": SimDCL,
     "stargan": StarGAN,
@@ -36,14 +38,14 @@ METHODS: dict[str, type[Method]] = {
 def resolve(section: Mapping[str, Any]) -> tuple[type[Method], BaseModel]:
     """Return the class that a configuration's section `method` names, and its validated hyperparameters.
 
-    The preset's values stand in for everything the section does not say.
+    The preset's values, without one those of the method's first, stand in for everything the section does not say.
 
     Raises:
         ConfigError: Unknown name, preset or key, or an impossible value.
     """
     name = _choice("method.name", section.get("name"), METHODS)
     method = METHODS[name]
-    preset = _choice("method.preset", section.get("preset", "official"), method.PRESETS)
+    preset = _choice("method.preset", section.get("preset", next(iter(method.PRESETS))), method.PRESETS)
     return method, validate(method.Config, {**method.PRESETS[preset], **section, "preset": preset}, prefix="method.")
 
 

@@ -1,4 +1,7 @@
-"""The files of official checkpoints: `EPOCH_net_NAME.pth` for each network, or `DATASET_params_EPOCH.pt` for all."""
+"""The files of official checkpoints.
+
+They are `EPOCH_net_NAME.pth` or `ITERATION-NAME.ckpt` for each network, or `DATASET_params_EPOCH.pt` for all.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from i2i_dist.official.networks import NETWORKS
 
 # Methods whose code keeps all networks in one file.
 IN_ONE_FILE = frozenset({"ugatit"})
+# Methods whose code numbers files by iterations.
+BY_ITERATION = frozenset({"stargan", "matchgan"})
 # CycleGAN is published as one generator for each direction, under the name that the authors' one-way test reads.
 LONE_GENERATOR = {"cyclegan": ("G", "G_A")}
 
@@ -53,23 +58,47 @@ def read(name: str, source: Path, epoch: str | None) -> Found:
     """
     if not os.path.isdir(source):
         raise ConfigError(f"{source} is no directory; expected one with files such as {_example(name, epoch)}")
-    return _read_one_file(name, source, epoch) if name in IN_ONE_FILE else _read_files(name, source, epoch or "latest")
+    if name in IN_ONE_FILE:
+        return _read_one_file(name, source, epoch)
+    if name in BY_ITERATION and epoch is None:
+        suffix = _suffix(name, _generators(NETWORKS[name])[0])
+        there = [path.name.removesuffix(suffix) for path in source.glob(f"*{suffix}")]
+        epoch = max((number for number in there if number.isdecimal()), key=int, default=None)
+    return _read_files(name, source, _epoch(name, epoch))
 
 
 def write(name: str, directory: Path, dataset: str, epoch: str | None, networks: Mapping[str, Any]) -> None:
-    """Write networks, tensors by official name, into a directory; `dataset` is how a file of all of them begins."""
-    epoch = epoch or "latest"
+    """Write networks, tensors by official name, into a directory; `dataset` is how a file of all of them begins.
+
+    Raises:
+        ConfigError: The method's code does not know such an epoch.
+    """
+    epoch = _epoch(name, epoch)
     if name in IN_ONE_FILE:
         torch.save(dict(networks), directory / f"{dataset}_params_{_numbered(epoch)}.pt")
         return
     for key, tensors in networks.items():
-        torch.save(tensors, directory / f"{epoch}_net_{key}.pth")
+        torch.save(tensors, directory / f"{epoch}{_suffix(name, key)}")
+
+
+def _epoch(name: str, epoch: str | None) -> str:
+    """Return the epoch that a file's name has: of None the one that the official code reads if nothing is said."""
+    if name not in BY_ITERATION:
+        return epoch or "latest"
+    if epoch is not None and not epoch.isdecimal():
+        raise ConfigError(f"--epoch: given {epoch}, allowed for {name} is the number of an iteration, such as 200000")
+    return epoch or "200000"
+
+
+def _suffix(name: str, key: str) -> str:
+    """Return what follows the epoch in the name of a network's file."""
+    return f"-{key}.ckpt" if name in BY_ITERATION else f"_net_{key}.pth"
 
 
 def _example(name: str, epoch: str | None) -> str:
     if name in IN_ONE_FILE:
         return f"DATASET_params_{_numbered(epoch or 'latest')}.pt"
-    return f"{epoch or 'latest'}_net_{next(iter(NETWORKS[name]))}.pth"
+    return _epoch(name, epoch) + _suffix(name, next(iter(NETWORKS[name])))
 
 
 def _generators(networks: Mapping[str, Network]) -> list[str]:
@@ -78,26 +107,27 @@ def _generators(networks: Mapping[str, Network]) -> list[str]:
 
 def _read_files(name: str, source: Path, epoch: str) -> Found:
     networks = NETWORKS[name]
-    files = {key: source / f"{epoch}_net_{key}.pth" for key in networks}
+    files = {key: source / f"{epoch}{_suffix(name, key)}" for key in networks}
     files = {key: path for key, path in files.items() if os.path.isfile(path)}
     generators = _generators(networks)
     if not files.keys() & set(generators) and name in LONE_GENERATOR:
         lone, key = LONE_GENERATOR[name]
         generators.append(lone)
-        if os.path.isfile(path := source / f"{epoch}_net_{lone}.pth"):
+        if os.path.isfile(path := source / f"{epoch}{_suffix(name, lone)}"):
             files = {key: path} | files
-    there = sorted(path.name for path in source.glob("*_net_*.pth"))
+    there = sorted(path.name for path in source.glob(f"*{_suffix(name, '*')}"))
     if not files.keys() & set(generators):
-        wanted = " or ".join(f"{epoch}_net_{key}.pth" for key in generators)
+        wanted = " or ".join(f"{epoch}{_suffix(name, key)}" for key in generators)
         raise ConfigError(f"{source} has no {wanted}, the generator of {name}; such files there: {listed(there)}")
     for key, network in networks.items():
         if network.needed and key not in files:
             raise ConfigError(
-                f"{source} has no {epoch}_net_{key}.pth, which {name} translates with beside the generator; "
+                f"{source} has no {epoch}{_suffix(name, key)}, which {name} translates with beside the generator; "
                 f"such files there: {listed(there)}"
             )
     read = {path.name for path in files.values()}
-    others = [file for file in there if file.startswith(f"{epoch}_net_") and file not in read]
+    begin = epoch + _suffix(name, "*").partition("*")[0]
+    others = [file for file in there if file.startswith(begin) and file not in read]
     tensors = {key: _tensors(str(path), _load(path)) for key, path in files.items()}
     return Found(tensors, {key: path.name for key, path in files.items()}, others)
 

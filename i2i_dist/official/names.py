@@ -8,10 +8,11 @@ positions follow by counting.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from i2i_dist.method import Direction
@@ -31,10 +32,22 @@ class BatchNorm(NamedTuple):
     name: str
 
 
+class TrackedNorm(NamedTuple):
+    """An instance norm with scale and shift, by its name here; there it also has statistics, which nothing reads."""
+
+    name: str
+
+
 class Spectral(NamedTuple):
     """A layer with spectral norm, by its name here."""
 
     name: str
+
+
+class Idle(NamedTuple):
+    """A tensor that files hold and nothing reads: what is written for it."""
+
+    value: Tensor
 
 
 class Columns(NamedTuple):
@@ -45,7 +58,7 @@ class Columns(NamedTuple):
 
 
 # A layer by its name here, a fixed filter [C, 1, k, k], a norm, or a layer that stores nothing.
-Leaf = str | Tensor | Norm | BatchNorm | Spectral | Columns | None
+Leaf = str | Tensor | Norm | BatchNorm | TrackedNorm | Spectral | Columns | None
 # Or a sequence, or a module with named parts.
 Tree = Leaf | list["Tree"] | dict[str, "Tree"]
 
@@ -60,6 +73,7 @@ class Network(NamedTuple):
         direction: Which way it translates, if it does.
         taps: Whether its layers stand for feature maps of a generator, the configuration's `nce_layers`.
         needed: Whether `translate` reads it beside the generator, so that nothing is converted without it.
+        attributes: From its tensors to how many attributes its labels have; 0 if they do not tell. None for no labels.
     """
 
     place: str
@@ -68,6 +82,7 @@ class Network(NamedTuple):
     direction: Direction | None = None
     taps: bool = False
     needed: bool = False
+    attributes: Callable[[TensorsByName], int] | None = None
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
@@ -84,31 +99,38 @@ class Names(NamedTuple):
 
     Attributes:
         tensors: Official name -> the name in our module, or the fixed filter that has to be there; in official order.
-            None for a batch norm's count of batches, int64 [], which decides nothing.
-        unread: Official names of statistics of instance norms: files of PyTorch before 0.4 hold them, nothing reads
-            them.
+            None for a batch norm's count of batches, int64 [], which decides nothing; `Idle` for what is only written.
+        unread: Official names of statistics of instance norms: files of PyTorch before 0.4 hold them, or those of norms
+            that were told to keep them; nothing reads them.
         columns: Official names of tensors [1, C, 1, 1] that are [C] here.
     """
 
-    tensors: dict[str, str | Tensor | None]
+    tensors: dict[str, str | Tensor | Idle | None]
     unread: frozenset[str]
     columns: frozenset[str]
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # The suffixes of a layer with spectral norm here -> there, in the order of a file.
 _SPECTRAL = {"bias": "bias", "weight": "weight_orig", "u": "weight_u", "v": "weight_v"}
 
 
-def names(tree: Tree, ours: Collection[str]) -> Names:
-    """Return what the official file of a network holds whose tensors have the names `ours` here."""
-    tensors: dict[str, str | Tensor | None] = {}
+def names(tree: Tree, ours: TensorsByName) -> Names:
+    """Return what the official file of a network holds whose tensors are `ours` here."""
+    tensors: dict[str, str | Tensor | Idle | None] = {}
     unread: set[str] = set()
     columns: set[str] = set()
     for official, leaf in leaves(tree):
         if isinstance(leaf, Tensor):
             tensors[f"{official}.filt"] = leaf
         elif isinstance(leaf, Norm):
-            unread |= {f"{official}.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+            unread |= {f"{official}.{name}" for name in _STATISTICS}
+        elif isinstance(leaf, TrackedNorm):
+            tensors |= {f"{official}.weight": f"{leaf.name}.gamma", f"{official}.bias": f"{leaf.name}.beta"}
+            channels = len(ours[f"{leaf.name}.gamma"])
+            idle = (torch.zeros(channels), torch.ones(channels), torch.tensor(0))
+            tensors |= {f"{official}.{name}": Idle(tensor) for name, tensor in zip(_STATISTICS, idle, strict=True)}
+            unread |= {f"{official}.{name}" for name in _STATISTICS}
         elif isinstance(leaf, Spectral):
             there = {f"{leaf.name}.{suffix}": f"{official}.{name}" for suffix, name in _SPECTRAL.items()}
             tensors |= {name: place for place, name in there.items() if place in ours}

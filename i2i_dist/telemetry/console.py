@@ -78,8 +78,8 @@ def plan_text(plan: Plan) -> str:
 
 
 def progress_line(record: UpdateRecord) -> str:
-    """Return the line of one log point: position, every loss by name, learning rates, speed, memory, time to go."""
-    losses = " ".join(f"{name} {_number(value)}" for name, value in record.losses.items())
+    """Return the line of one log point: position, losses and gauges by name, rates, speed, memory, time to go."""
+    losses = " ".join(f"{name} {_number(value)}" for name, value in (record.losses | record.gauges).items())
     position = f"img {_count(record.images_seen)}/{_count(record.target_images)}  update {record.update}"
     return " | ".join(
         [
@@ -188,13 +188,18 @@ class Meter:
             self._warm = (now, images_seen)
 
     def record(
-        self, losses: Mapping[str, float], learning_rates: Mapping[str, float], memory_bytes: int
+        self,
+        losses: Mapping[str, float],
+        learning_rates: Mapping[str, float],
+        gauges: Mapping[str, float],
+        memory_bytes: int,
     ) -> UpdateRecord:
         """Return the record of the updates since the last one, and start the next.
 
         Args:
             losses: By name, their means over these updates; NaN and infinity are allowed.
             learning_rates: By parameter group, those of the last update.
+            gauges: By name, what the method watched in the last update.
             memory_bytes: What the process takes.
 
         Raises:
@@ -210,6 +215,7 @@ class Meter:
             update=self._update,
             losses=dict(losses),
             learning_rates=dict(learning_rates),
+            gauges=dict(gauges),
             images_per_second=images_per_second,
             seconds_per_update=seconds / len(self._update_seconds),
             data_wait_share=min(1.0, _ratio(self._data_wait_seconds, seconds)),

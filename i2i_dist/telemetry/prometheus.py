@@ -84,6 +84,9 @@ class Metrics:
         self._learning_rate = Gauge(
             "i2i_train_learning_rate", "Learning rate of a parameter group.", ["group"], registry=registry
         )
+        self._gauge = Gauge(
+            "i2i_train_gauge", "What the method watches beside its losses.", ["name"], registry=registry
+        )
         self._skipped = Counter(
             "i2i_train_skipped_updates_total", "Updates of a side that were not applied.", ["side"], registry=registry
         )
@@ -142,6 +145,8 @@ class Metrics:
             self._loss.labels(name).set(value)
         for group, rate in record.learning_rates.items():
             self._learning_rate.labels(group).set(rate)
+        for name, value in record.gauges.items():
+            self._gauge.labels(name).set(value)
         self._memory.labels(memory_kind()).set(record.memory_bytes)
         self._last_update.set_to_current_time()
 

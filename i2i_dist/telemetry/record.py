@@ -20,6 +20,7 @@ class UpdateRecord(NamedTuple):
         update: Updates made so far, since the run's first start.
         losses: Mean of each weighted loss over the updates that computed it; may be NaN or infinite.
         learning_rates: Learning rate of each parameter group at the last update.
+        gauges: What the method has watched (see `method.Gauge`), by name, at the last update; empty for most methods.
         images_per_second: Images per second of update time, over all ranks.
         seconds_per_update: Mean duration of an update.
         data_wait_share: Part of the update time spent waiting for data, in [0, 1].
@@ -34,6 +35,7 @@ class UpdateRecord(NamedTuple):
     update: int
     losses: dict[str, float]
     learning_rates: dict[str, float]
+    gauges: dict[str, float]
     images_per_second: float
     seconds_per_update: float
     data_wait_share: float

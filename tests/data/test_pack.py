@@ -118,6 +118,25 @@ def test_resize_reduces_and_never_enlarges(tmp_path: Path) -> None:
     assert found["small"] == files["trainA/small.png"]
 
 
+def test_a_crop_keeps_its_box(tmp_path: Path) -> None:
+    tall = noise(1, 12, 9)
+    files = {
+        "trainA/a.png": encoded(tall),
+        "trainA/b.jpg": encoded(noise(2, 40, 40), "JPEG"),
+        "trainA/c.png": encoded(noise(3, 40, 8)),
+    }
+    write(tmp_path / "source", files)
+    [result] = pack(tmp_path / "source", tmp_path / "packed", crop=(2, 1, 9, 12))
+    found = read(tmp_path / "packed", "trainA")
+    np.testing.assert_array_equal(decode_image(found["a"]), tall[1:12, 2:9])
+    assert Image.open(io.BytesIO(found["b"])).format == "JPEG" and decode_image(found["b"]).shape == (11, 7, 3)
+    assert result.unreadable == [
+        f"{tmp_path / 'source' / 'trainA' / 'c.png'}: has 8x40 pixels, into which the crop does not fit"
+    ]
+    pack(tmp_path / "source", tmp_path / "small", crop=(0, 0, 8, 10), resize=4)
+    assert decode_image(read(tmp_path / "small", "trainA")["a"]).shape == (5, 4, 3)
+
+
 def test_unreadable_images_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "source", {"trainA/bad.jpg": b"no", "trainA/good.png": encoded(noise(0)), "trainB/bad.png": b""})
     assert main([str(tmp_path / "source"), str(tmp_path / "packed")]) == 0
@@ -152,6 +171,9 @@ def test_target_in_use(source: Path, tmp_path: Path) -> None:
         (["absent", "t"], "The source absent is not a folder"),
         (["source", "source/packed"], "lies in the source"),
         (["source", "t", "--resize", "0"], "must be at least 1 pixel"),
+        (["source", "t", "--crop", "5,0,5,9"], "The crop is 5,0,5,9; it must be LEFT,TOP,RIGHT,BOTTOM"),
+        (["source", "t", "--crop", "0,-1,5,9"], "The crop is 0,-1,5,9"),
+        (["source", "t", "--crop", "0,0,5,9", "--side-by-side"], "leave out --crop and labels, or --side-by-side"),
         (["source", "t", "--side-by-side"], "should hold train/ test/ val/ or images"),
     ],
 )

@@ -18,6 +18,7 @@ RECORD = UpdateRecord(
     update=500,
     losses={"G": 2.3149, "D": 0.48, "nce": math.nan, "cam": 1234.4},
     learning_rates={"generator": 2e-4, "critic": 2e-4},
+    gauges={},
     images_per_second=812.3,
     seconds_per_update=0.31,
     data_wait_share=0.031,
@@ -56,6 +57,7 @@ def test_progress_line() -> None:
         ({"eta_seconds": math.inf}, "| eta unknown"),
         ({"eta_seconds": 90_061.0}, "| eta 1d 01:01:01"),
         ({"losses": {}}, "update 500 | lr"),
+        ({"losses": {"G": 1.0}, "gauges": {"spread": 0.0371}}, "update 500  G 1 spread 0.0371 | lr"),
     ],
 )
 def test_progress_line_in_corners(change: dict[str, object], part: str) -> None:
@@ -104,13 +106,14 @@ def test_meter() -> None:
     make_update(meter, clock, 1.0, 3.0, 110)
     clock.now += 50.0  # a checkpoint: no part of the speed
     make_update(meter, clock, 0.0, 2.0, 120)
-    record = meter.record({"g": 1.5, "d": 5.0}, {"generator": 1e-4}, memory_bytes=42)
+    record = meter.record({"g": 1.5, "d": 5.0}, {"generator": 1e-4}, {"spread": 0.25}, memory_bytes=42)
     assert record == UpdateRecord(
         images_seen=120,
         target_images=200,
         update=9,
         losses={"g": 1.5, "d": 5.0},
         learning_rates={"generator": 1e-4},
+        gauges={"spread": 0.25},
         images_per_second=20 / 6,
         seconds_per_update=3.0,
         data_wait_share=1 / 6,
@@ -120,7 +123,7 @@ def test_meter() -> None:
         eta_seconds=80 * 52 / 10,  # 10 images in the 52 s since the first update's end
     )
     make_update(meter, clock, 2.0, 2.0, 200)
-    record = meter.record({"g": math.nan}, {}, memory_bytes=0)
+    record = meter.record({"g": math.nan}, {}, {}, memory_bytes=0)
     assert (record.images_per_second, record.data_wait_share, record.update_seconds) == (20.0, 0.5, (4.0,))
     assert math.isnan(record.losses["g"])
     assert record.eta_seconds == 0.0
@@ -130,11 +133,11 @@ def test_meter_before_anything_is_known() -> None:
     clock = Clock()
     meter = Meter(images_seen=0, target_images=100, update=0, clock=clock)
     with pytest.raises(ValueError, match="at least one update"):
-        meter.record({}, {}, memory_bytes=0)
+        meter.record({}, {}, {}, memory_bytes=0)
     make_update(meter, clock, 0.0, 0.0, 0)
-    assert meter.record({}, {}, memory_bytes=0).eta_seconds == math.inf
+    assert meter.record({}, {}, {}, memory_bytes=0).eta_seconds == math.inf
     make_update(meter, clock, 0.0, 2.0, 10)
-    assert meter.record({}, {}, memory_bytes=0).eta_seconds == 18.0
+    assert meter.record({}, {}, {}, memory_bytes=0).eta_seconds == 18.0
 
 
 def test_memory_is_plausible() -> None:

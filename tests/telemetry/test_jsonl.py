@@ -15,7 +15,7 @@ from i2i_dist.telemetry.record import UpdateRecord
 def record(images_seen: int, loss: float = 1.0) -> UpdateRecord:
     return UpdateRecord(
         images_seen, 1000, images_seen // 10, {"generator": loss, "critic": 0.5}, {"generator": 2e-4},
-        100.0, 0.1, 0.25, 0.025, (0.1,), 123, math.inf if math.isnan(loss) else 9.0,
+        {"spread": loss}, 100.0, 0.1, 0.25, 0.025, (0.1,), 123, math.inf if math.isnan(loss) else 9.0,
     )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def test_row_of_a_record(tmp_path: Path) -> None:
     log.append(record(10))
     (row,) = rows(log.path)
     assert row["losses"] == {"generator": 1.0, "critic": 0.5}
+    assert row["gauges"] == {"spread": 1.0}
     assert row["nonfinite"] == []
     assert row["data_wait_share"] == 0.25
     assert "update_seconds" not in row
@@ -44,7 +45,7 @@ def test_nonfinite_values_are_null_and_named_and_keys_are_stable(tmp_path: Path)
     first, second, third = rows(log.path)
     assert list(first) == list(second)
     assert second["losses"] == {"generator": None, "critic": 0.5}
-    assert second["nonfinite"] == ["losses.generator", "eta_seconds"]
+    assert second["nonfinite"] == ["losses.generator", "gauges.spread", "eta_seconds"]
     assert third["fid"] == [1.0, None]
     assert third["nonfinite"] == ["fid.1"]
 

@@ -23,7 +23,8 @@ HOST = "127.0.0.1"
 
 
 def record(images_seen: int, losses: dict[str, float]) -> UpdateRecord:
-    return UpdateRecord(images_seen, 1000, 2, losses, {"generator": 2e-4}, 10.0, 0.4, 0.1, 0.08, (0.3, 0.5), 4096, 60.0)
+    rates, gauges = {"generator": 2e-4}, {"attention_spread": images_seen / 1e4}
+    return UpdateRecord(images_seen, 1000, 2, losses, rates, gauges, 10.0, 0.4, 0.1, 0.08, (0.3, 0.5), 4096, 60.0)
 
 
 def new_metrics(images_seen: int = 0) -> Metrics:
@@ -91,6 +92,7 @@ def test_scrape_equals_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> Non
         "i2i_train_updates_total": 4,
         "i2i_train_learning_rate{group=generator}": 2e-4,
         "i2i_train_loss{name=nce}": math.inf,
+        "i2i_train_gauge{name=attention_spread}": 0.046,
         "i2i_train_update_duration_seconds_count": 4,
         "i2i_train_update_duration_seconds_sum": pytest.approx(1.6),
         "i2i_train_update_duration_seconds_bucket{le=0.2}": 0,
@@ -114,7 +116,7 @@ def test_names_and_help_follow_the_conventions(metrics: Metrics) -> None:
     metrics.update(record(20, {"g": 1.0}))
     page = generate_latest(metrics.registry).decode()
     families = list(text_string_to_metric_families(page))
-    assert len(families) == 17
+    assert len(families) == 18
     for family in families:
         assert family.name.startswith("i2i_")
         assert family.documentation.endswith(".")

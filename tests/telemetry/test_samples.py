@@ -61,6 +61,38 @@ def test_pixels_and_labels_are_where_they_belong(tmp_path: Path) -> None:
         assert ink[:, 1].max() < band - 6  # ... clear of the images
 
 
+def test_heads_stand_above_their_columns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows = [("", torch.rand(3, 3, 128, 128) * 2 - 1) for _ in range(2)]
+    write_grid(tmp_path / "sheet.png", rows, ["source", "Young", "Long_Attribute+Another_Attribute+C"])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[1] == 4 + 3 * 132, "no label, no room for it"
+    top = sheet.shape[0] - 2 * 132
+    for row, (_, images) in enumerate(rows):
+        for column, pixels in enumerate(to_uint8(images)):
+            left, above = 4 + column * 132, top + row * 132
+            assert np.array_equal(sheet[above : above + 128, left : left + 128], pixels)
+    ink = sheet[:top].max(axis=2) > 150
+    assert not ink[top - 6 :].any() and not ink[:2].any()
+    lines = []
+    for column in range(3):
+        left = 4 + column * 132
+        places = np.argwhere(ink[:, left : left + 128])
+        assert len(places) > 30 and abs((places[:, 1].min() + places[:, 1].max()) / 2 - 64) < 4  # in the middle
+        filled = ink[:, left : left + 128].any(axis=1)
+        lines.append(int((filled[1:] & ~filled[:-1]).sum()))
+        assert not ink[:, left + 128 : left + 132].any()  # clear of its neighbour
+    assert lines == [1, 1, 3]
+
+
+def test_heads_shrink_rather_than_take_room_from_images(tmp_path: Path) -> None:
+    images = constant(17, 256, 1.0)
+    write_grid(tmp_path / "sheet.png", [("", images)] * 16, ["An_Attribute_that_has_a_long_name+" * 3] * 17)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert MAX_SIDE * 0.95 < max(sheet.shape) <= MAX_SIDE
+    assert (sheet[-204:-4, 4:204] == 255).all()
+
+
 def test_small_images_are_enlarged_by_whole_pixels(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     write_grid(tmp_path / "sheet.png", [("real", images)])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from tests.methods.cases import bicyclegan, cut, cyclegan, dclgan, matchgan, pix2pix, simdcl, stargan, ugatit
+from tests.methods.cases import bicyclegan, cut, cyclegan, dclgan, matchgan, opgan, pix2pix, simdcl, stargan, ugatit
 from tests.methods.cases.common import GLOBAL_BATCH
 
 
@@ -36,6 +36,7 @@ CASES = {
     "cyclegan": Case(cyclegan.SMALL, cyclegan.step),
     "dclgan": Case(dclgan.SMALL, dclgan.step),
     "matchgan": Case(matchgan.SMALL, matchgan.step, scale=1.0, batch=matchgan.BATCH),
+    "opgan": Case(opgan.SMALL, opgan.step),
     "pix2pix": Case(pix2pix.SMALL, pix2pix.step),
     "simdcl": Case(simdcl.SMALL, simdcl.step),
     "stargan": Case(stargan.SMALL, stargan.step, scale=1.0),

@@ -1,0 +1,94 @@
+"""What a method watches reaches the log, the metrics and the console, and is told once when it falls too low."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2i_dist import train
+from i2i_dist.method import Gauge
+from i2i_dist.step import Step
+
+VALUES = [0.5, 0.04, 0.03, 0.06, 0.05, 0.01]
+
+
+class Watched:
+    """Of a method, what the reporter asks for."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+
+    def gauges(self) -> Mapping[str, Gauge]:
+        return {"spread": Gauge(self.value, 0.05, "it is stuck; free it")}
+
+
+def reporter(method: Any, directory: Path, rank: int = 0) -> train.Reporter:
+    run = SimpleNamespace(
+        method=method, target=100, device=torch.device("cpu"), layout=SimpleNamespace(precision="fp32"),
+        ranks=SimpleNamespace(rank=rank, world=2),
+        start=SimpleNamespace(images_seen=0, updates=0, dataset={"a": {}, "b": {}}, config={"method": {"name": "x"}}),
+        settings=SimpleNamespace(
+            directory=directory, config=SimpleNamespace(output=SimpleNamespace(metrics_port=None))
+        ),
+    )  # fmt: skip
+    return train.Reporter(run)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def reduced(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Two ranks, of which the other has seen twice as much of everything but of broken samples."""
+    calls: list[Tensor] = []
+
+    def mean(values: Tensor) -> Tensor:
+        calls.append(values)
+        return values * 1.5
+
+    monkeypatch.setattr(train, "mean_over_ranks", mean)
+    return calls
+
+
+def run_through(one: train.Reporter, method: Any) -> None:
+    for number, value in enumerate(VALUES, start=1):
+        if isinstance(method, Watched):
+            method.value.fill_(value / 1.5)
+        one.meter.begin()
+        one.note(Step({"gan": torch.tensor(float(number)), "cycle": torch.tensor(2.0)}, ()), images_seen=number)
+        one.write()
+
+
+def test_a_gauge_is_told_each_time_it_falls_below_its_lowest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reduced: list[Tensor]
+) -> None:
+    method = Watched()
+    one = reporter(method, tmp_path)
+    with caplog.at_level(logging.INFO, logger="i2i_dist"):
+        run_through(one, method)
+    assert len(reduced) == len(VALUES), "more than one collective at a log point"
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [row["gauges"]["spread"] for row in rows] == pytest.approx(VALUES)
+    assert [row["losses"] for row in rows] == [{"cycle": 3.0, "gan": 1.5 * number} for number in range(1, 7)]
+    assert one.metrics is not None
+    found = one.metrics.registry.get_sample_value("i2i_train_gauge", {"name": "spread"})
+    assert found == pytest.approx(VALUES[-1])
+    lines = [record for record in caplog.records if "update" in record.getMessage()]
+    assert "cycle 3 gan 1.5 spread 0.5 |" in lines[0].getMessage()
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == [f"spread is {value}, below 0.05: it is stuck; free it." for value in ("0.04", "0.01")]
+
+
+def test_other_ranks_and_other_methods_say_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reduced: list[Tensor]
+) -> None:
+    for method, rank in ((Watched(), 1), (object(), 0)):
+        run_through(reporter(method, tmp_path, rank), method)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [row["gauges"] for row in rows] == [{}] * len(VALUES)
