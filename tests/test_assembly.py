@@ -35,7 +35,7 @@ def test_full_size_is_tried_without_memory(name: str, monkeypatch: pytest.Monkey
             super().__init__(*arguments)
             devices.update(p.device.type for side in (self.generator, self.discriminator) for p in side.parameters())
 
-    tried = settings({"name": name}, 256)
+    tried = settings({"name": name}, getattr(resolve({"name": name})[1], "image_size", 256))
     check_sizes(tried._replace(method_class=Noted))
     assert devices == {"meta"}
 
@@ -51,6 +51,8 @@ def test_small_methods_take_the_size_that_tests_train_them_with(name: str, batch
     [
         ({"name": "bicyclegan", "downs": 5}, 32, "2 scales of 3 layers they must be at least 47 x 47"),
         ({"name": "ugatit"}, 64, "with 7 layers they must be at least 96 x 96"),
+        ({"name": "stargan"}, 64, "64 x 64; its heads are made for 128 x 128. .* or set method.image_size to"),
+        ({"name": "matchgan"}, 256, "256 x 256; its heads are made for 128 x 128. .* or set method.image_size to"),
         ({"name": "simdcl"}, 24, "layers of shapes .* ask for fewer patches"),
         ({"name": "pix2pix"}, 100, "allowed with the networks of this method is a multiple of 256"),
         ({"name": "pix2pix", "downs": 3, "critic_width": 4}, 24, None),
@@ -71,3 +73,19 @@ def test_a_dry_run_says_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text("method: {name: ugatit}\ndata: {root: nowhere, load_size: 64, crop_size: 64}\n")
     assert main(["--config", str(path), "--dry-run"]) == 2
     assert "they must be at least 96 x 96" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stargan", "matchgan"])
+def test_a_critic_that_differentiates_itself_cannot_be_cut(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    for stage, code in ((2, 0), (3, 2)):
+        path.write_text(
+            f"method: {{name: {name}}}\ndata: {{root: nowhere, load_size: 128, crop_size: 128}}\n"
+            f"engine: {{generator_stage: 3, discriminator_stage: {stage}}}\n"
+        )
+        assert main(["--config", str(path), "--dry-run"]) == code
+    said = capsys.readouterr().err
+    assert "engine.discriminator_stage: given 3, allowed with this method is 0, 1 or 2: its gradient penalty" in said
+    assert "engine.generator_stage may be 3" in said

@@ -11,31 +11,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2i_dist.data.batch import Batch
-from i2i_dist.method import SIDES
+from i2i_dist.method import SIDES, Labelled
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Step, update
 from i2i_dist.translate import translate, translate_all
 from tests.methods.cases import CASES
-from tests.methods.cases.common import GLOBAL_BATCH, SEED, SIZE
+from tests.methods.cases.common import SEED, SIZE
 from tests.methods.plain_side import plain_sides
-from tests.updates import images, small_method
+from tests.updates import global_batch, in_fp32, part_of, small_method, whole_batch
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.PRESETS]
 WIDTH, HEIGHT = 70, 45  # of a picture: multiples of nothing that a network halves
 
 
-def batch() -> Batch:
-    a, b = (image.float() for image in images(0))
-    return Batch(a, b, torch.arange(GLOBAL_BATCH), 0)
-
-
 def one_update(method: Any, sides: Any, parts: int = 1) -> Step:
-    whole, pools = batch(), ImagePools(method.fakes, method.pool_size, SEED)
-    pieces = zip(whole.a.chunk(parts), whole.b.chunk(parts), whole.positions.chunk(parts), strict=True)
-    batches = [Batch(*piece, whole.update_position) for piece in pieces]
-    return update(method, sides, batches, pools, seed=SEED, number=0, images_seen=0)
+    """Make the first update in which both sides train."""
+    number = next(number for number in range(10) if len(method.turns(number)) == 2)
+    pools, size = ImagePools(method.fakes, method.pool_size, SEED), global_batch(method) // parts
+    whole = in_fp32(whole_batch(method, number))
+    batches = [part_of(whole, slice(part * size, (part + 1) * size)) for part in range(parts)]
+    return update(method, sides, batches, pools, seed=SEED, number=number, images_seen=0)
 
 
 def flat(module: torch.nn.Module) -> Tensor:
@@ -97,19 +93,20 @@ def test_the_critics_learn_from_detached_fakes_and_the_generators_from_their_own
     for side in SIDES:
         loss = getattr(method, f"{side}_loss")
 
-        def noted(given: Batch, outputs: Any, *rest: Any, side: str = side, loss: Any = loss) -> Any:
+        def noted(given: Any, outputs: Any, *rest: Any, side: str = side, loss: Any = loss) -> Any:
             shown[side].append(outputs)
             return loss(given, outputs, *rest)
 
         setattr(method, f"{side}_loss", noted)
     one_update(method, plain_sides(method), parts)
     assert method.fakes
+    sources = 1 if isinstance(method, Labelled) else method.group  # samples for each picture that is translated
     for side in SIDES:
         assert len(shown[side]) == parts
         for outputs in shown[side]:
             for field in method.fakes:
                 fake = getattr(outputs, field)
-                assert fake.shape == (GLOBAL_BATCH // parts // method.group, 3, SIZE, SIZE)
+                assert fake.shape == (global_batch(method) // parts // sources, 3, SIZE, SIZE)
                 assert fake.requires_grad == (side == "generator")
     for outputs in shown["discriminator"]:
         rest = {

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from i2i_dist.data.label_files import RAFD_EMOTIONS
+from i2i_dist.data.labelled_domains import Labelling
+from i2i_dist.data.pack import pack
 from i2i_dist.data.synthetic import write_dataset
+from i2i_dist.methods.stargan import Hyperparameters
 from tests.train import runs
+
+CELEBA = Hyperparameters().attributes
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -29,6 +37,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_dataset(root, size=36, train=6, test=1, seed=3)
     return root
+
+
+@pytest.fixture(scope="package")
+def labelled_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise that is said to show CelebA's hair colours, sex and age, and RaFD's emotions."""
+    pictures, packed = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("labelled")
+    rng, rows = np.random.default_rng(3), [["picture", *CELEBA, *RAFD_EMOTIONS]]
+    for split, count in (("trainA", 16), ("testA", 1)):
+        (pictures / split).mkdir()
+        for number in range(count):
+            name = f"{split}/{number}.png"
+            Image.fromarray(rng.integers(256, size=(36, 36, 3), dtype=np.uint8)).save(pictures / name)
+            hair, emotion = np.eye(4, dtype=int)[number % 4, :3], np.eye(8, dtype=int)[number % 8]
+            rows.append([name, *map(str, [*hair, number % 2, 1, *emotion])])
+    (pictures / "labels.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    pack(pictures, packed, overwrite=True, labelling=Labelling(csv=pictures / "labels.csv"))
+    return packed
 
 
 @pytest.fixture(scope="package")

@@ -5,6 +5,7 @@ Most files differ in their data set or in what shrinking replaces. Those that co
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -17,14 +18,13 @@ from tests.methods.cases import CASES
 from tests.methods.cases.common import SIZE
 from tests.ranks import ROOT
 from tests.train.runs import checkpoints, finish, rows, settings, start_ranks
+from tests.updates import small_method
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-BATCH = 2
-# Two epochs of one update each, of which the second is in the schedule's decay.
+# What small networks and images are trained with, whatever the files say.
 SHORT = {
-    "schedule__epoch_images": BATCH, "schedule__constant_epochs": 1, "schedule__decay_epochs": 1,
-    "train__global_batch": BATCH, "data__load_size": SIZE + 4, "data__crop_size": SIZE, "data__workers": 0,
-    "output__log_every_images": BATCH, "output__sample_images": 1, "output__metrics_port": None,
+    "data__load_size": SIZE + 4, "data__crop_size": SIZE, "data__workers": 0,
+    "output__sample_images": 1, "output__metrics_port": None,
 }  # fmt: skip
 
 
@@ -32,15 +32,32 @@ def method_of(path: Path) -> str:
     return str(config.load(path).method["name"])
 
 
+@functools.cache
+def batch_of(path: Path) -> int:
+    return max(2, small_method(method_of(path)).group)
+
+
+def schedule(batch: int) -> dict[str, object]:
+    """Return two epochs of one update each, of which the second is in the schedule's decay."""
+    return {
+        "schedule__epoch_images": batch, "schedule__constant_epochs": 1, "schedule__decay_epochs": 1,
+        "train__global_batch": batch, "output__log_every_images": batch,
+    }  # fmt: skip
+
+
 def shrunk(path: Path) -> dict[str, object]:
     """Return the sizes of the method's small version; what the file's preset is about stays."""
     method = config.load(path).method
-    preset = METHODS[method["name"]].PRESETS[method.get("preset", "official")]
-    return {f"method__{key}": value for key, value in CASES[method["name"]].small.items() if key not in preset}
+    method_class = METHODS[method["name"]]
+    preset = method_class.PRESETS[method.get("preset", "official")]
+    small = {key: value for key, value in CASES[method["name"]].small.items() if key not in preset}
+    if "critic_turns" in method_class.Config.model_fields:
+        small |= {"critic_turns": 1}  # in two updates the generator would not have its turn
+    return {f"method__{key}": value for key, value in small.items()}
 
 
 def words_for(path: Path, root: str) -> list[str]:
-    return ["--config", str(path), *settings(**SHORT, **shrunk(path), data__root=root)]
+    return ["--config", str(path), *settings(**SHORT, **schedule(batch_of(path)), **shrunk(path), data__root=root)]
 
 
 def one_of_each() -> list[Path]:
@@ -59,17 +76,18 @@ def test_the_files_that_are_run_stand_for_all() -> None:
 
 
 @pytest.mark.parametrize("path", one_of_each(), ids=lambda path: path.stem)
-def test_every_configuration_trains(path: Path, data: Path, tmp_path: Path) -> None:
-    words = [*words_for(path, str(data)), "--run", str(tmp_path / "run")]
+def test_every_configuration_trains(path: Path, data: Path, labelled_data: Path, tmp_path: Path) -> None:
+    labelled, batch = "attributes" in METHODS[method_of(path)].Config.model_fields, batch_of(path)
+    words = [*words_for(path, str(labelled_data if labelled else data)), "--run", str(tmp_path / "run")]
     codes, (text,) = finish(start_ranks(1, words, tmp_path / "log"))
     assert codes == [0], text
     found = rows(tmp_path / "run")
-    assert [row["images_seen"] for row in found] == [BATCH, 2 * BATCH]
+    assert [row["images_seen"] for row in found] == [batch, 2 * batch]
     assert all(math.isfinite(loss) for row in found for loss in row["losses"].values())
     gauges = [row["gauges"].values() for row in found]
     assert all(bool(values) == hasattr(METHODS[method_of(path)], "gauges") for values in gauges)
     assert all(math.isfinite(value) for values in gauges for value in values)
     assert "dropped" not in text
-    assert checkpoints(tmp_path / "run") == [directory_name(2 * BATCH)]
+    assert checkpoints(tmp_path / "run") == [directory_name(2 * batch)]
     samples = {sheet.stem for sheet in (tmp_path / "run" / "samples").glob("*.png")}
-    assert samples == {directory_name(0), directory_name(2 * BATCH)}
+    assert samples == {directory_name(0), directory_name(2 * batch)}
