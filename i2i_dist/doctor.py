@@ -105,10 +105,15 @@ def memory_report(config: Path, settings: Sequence[str], ranks: int) -> list[str
         lines += ["", f"{side}: {networks}; {sum(counts.values()):,} parameters in all"]
         columns = (*(field for field in SideMemory._fields), "in all", "GPU", "CPU")
         lines.append(f"{'ZeRO':<6}" + "".join(f"{column:>12}" for column in columns))
-        for stage in range(4):
+        whole = method.penalised and side == "discriminator"
+        for stage in range(3 if whole else 4):
             memory = side_memory(module, groups, stage, ranks, averaged)
             offloaded = offloaded_memory(module, groups, stage, ranks, averaged) if stage else ()
             cells = [*memory, memory.whole, *offloaded]
             lines.append(f"{stage:<6}" + "".join(f"{cell / 2**30:>12.2f}" for cell in cells))
+        if whole:
+            lines.append(
+                "3 is refused: the gradient penalty differentiates this side twice, for which it must be whole"
+            )
     copied = 4 * sum(parameter.numel() for parameter in method.generator.parameters()) / 2**30
     return [*lines, "", f"Rank 0 also has a copy of the generator's side for sample grids: {copied:.2f} GiB."]

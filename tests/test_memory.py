@@ -237,3 +237,10 @@ def test_a_usable_configuration_is_reported(capsys: pytest.CaptureFixture[str]) 
     assert "Memory on each of 8 ranks" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="allowed is 1 or more"):
         memory_report(CONFIG, [], -1)
+
+
+def test_a_stage_that_is_refused_is_not_reckoned() -> None:
+    lines = memory_report(CONFIG.with_name("matchgan_celeba.yaml"), [], ranks=2)
+    starts = [line.split(maxsplit=1) for line in lines if line[:1] in set("0123")]
+    assert [number for number, _ in starts] == ["0", "1", "2", "3"] * 2
+    assert starts[-1][1].startswith("is refused: the gradient penalty") and "is refused" not in starts[3][1]
