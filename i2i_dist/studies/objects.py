@@ -48,7 +48,12 @@ def configuration(method: str, seed: int, data: Path, options: argparse.Namespac
     epoch = max(1, options.images // _EPOCHS)
     own = {
         "cyclegan": {"name": "cyclegan", "preset": "paper"},  # without identity term, which OP-GAN has not either
-        "opgan": {"name": "opgan", "preset": "reconstruction", "siamese_width": max(1, options.width // 2)},
+        "opgan": {
+            "name": "opgan",
+            "preset": "reconstruction",
+            "siamese_width": max(1, options.width // 2),
+            "lambda_content": options.content,
+        },
     }
     return {
         "method": {
@@ -105,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures, a multiple of 4 from 28 on")
     parser.add_argument("--width", type=int, default=16, help="channels of the first convolutions")
     parser.add_argument("--blocks", type=int, default=4, help="residual blocks of the generators")
+    parser.add_argument("--content", type=float, default=1.0, help="OP-GAN's method.lambda_content")
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, a thread each")
     return parser
