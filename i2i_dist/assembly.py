@@ -174,6 +174,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         full_size_from=None if config.data.decay_jitter else schedule.decay_starts,
     )
     labelled = on_every_rank(lambda: _labelled(method, sources, seed))
+    reader = on_every_rank(lambda: Reader(sources, seed=seed, transform=transform, streams=streams, labelled=labelled))
     inputs = on_every_rank(lambda: _sample_inputs(config, sources, "paired" in streams) if ranks.rank == 0 else {})
     return Run(
         settings=settings,
@@ -183,7 +184,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         schedule=schedule,
         target=-(-schedule.total_images // config.train.global_batch) * config.train.global_batch,
         start=start,
-        reader=Reader(sources, seed=seed, transform=transform, streams=streams, labelled=labelled),
+        reader=reader,
         method=method,
         sides=sides,
         ema=ema,

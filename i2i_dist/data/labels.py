@@ -281,7 +281,10 @@ class LabelledSet:
         """
         if stream == "unlabelled":
             if not len(self._unlabelled):
-                raise ValueError("every picture is labelled, so that there are none for the stream without labels")
+                raise ValueError(
+                    f"all {len(self._labelled)} pictures are labelled, so that none is left for the updates without "
+                    "labels; set method.labelled_fraction to 1, or lower"
+                )
             return _Part(self._unlabelled, self._seed, "unlabelled")
         if self._group is None:
             return _Part(self._labelled, self._seed, "labelled")
