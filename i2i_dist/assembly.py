@@ -266,6 +266,12 @@ def _labelled(method: Method, sources: Mapping[str, Source], seed: int) -> Label
         )
     labelled = LabelledSet(known, method.label_space, method.labelled_fraction, method.labelled_group, seed)
     _log.info("%d pictures with labels, %d without, %d left out for labels that are not valid.", *labelled.counts)
+    if labelled.counts[1] and "unlabelled" not in method.streams:
+        _log.warning(
+            "The %d pictures without labels are not used: this method, as it is set, has updates with labels only "
+            "(MatchGAN uses them with method.unlabelled_turns=true).",
+            labelled.counts[1],
+        )
     return labelled
 
 

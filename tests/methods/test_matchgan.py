@@ -147,9 +147,17 @@ def test_four_by_four_translations_are_regrouped_by_the_transpose() -> None:
     assert torch.equal(rows, torch.arange(16).view(4, 4).T.flatten())
 
 
-@pytest.mark.parametrize(("fraction", "streams"), [(1.0, ["labelled"]), (0.999, ["labelled", "unlabelled"])])
-def test_with_all_labels_there_is_one_stream(fraction: float, streams: list[str]) -> None:
-    method = build("matchgan", labelled_fraction=fraction)
+@pytest.mark.parametrize(
+    ("fraction", "turns", "streams"),
+    [
+        (1.0, None, ["labelled"]),
+        (0.999, None, ["labelled", "unlabelled"]),
+        (1.0, True, ["labelled", "unlabelled"]),
+        (0.999, False, ["labelled"]),
+    ],
+)
+def test_with_all_labels_there_is_one_stream(fraction: float, turns: bool | None, streams: list[str]) -> None:
+    method = build("matchgan", labelled_fraction=fraction, unlabelled_turns=turns)
     assert isinstance(method, Labelled)
     assert list(method.streams) == streams and method.labelled_fraction == fraction
     assert (method.group, method.labelled_group) == (16, (4, 4)) and not method.couples_batch and method.penalised
@@ -205,6 +213,6 @@ def test_presets() -> None:
         for name, preset in (("stargan", "official"), ("matchgan", "official"), ("matchgan", "paper"))
     )
     del stargan["targets"]
-    own = {"name": "matchgan", "group_classes": 4, "group_images": 4, "lambda_match": 0.5}
+    own = {"name": "matchgan", "group_classes": 4, "group_images": 4, "lambda_match": 0.5, "unlabelled_turns": None}
     assert official == stargan | own
     assert paper == official | {"preset": "paper", "lr_constant": 0.0}

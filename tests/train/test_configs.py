@@ -101,4 +101,4 @@ def test_a_share_that_leaves_no_picture_without_labels_is_refused(labelled_data:
     words = ["--config", str(ROOT / "configs/matchgan_celeba.yaml"), *words, "--run", str(tmp_path / "run")]
     codes, (text,) = finish(start_ranks(1, words, tmp_path / "log"))
     assert codes == [2], text
-    assert "all 16 pictures are labelled" in text and "set method.labelled_fraction to 1, or lower" in text
+    assert "all 16 pictures are labelled" in text and "lower method.labelled_fraction, or set it to 1" in text
