@@ -174,6 +174,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         full_size_from=None if config.data.decay_jitter else schedule.decay_starts,
     )
     labelled = on_every_rank(lambda: _labelled(method, sources, seed))
+    reader = on_every_rank(lambda: Reader(sources, seed=seed, transform=transform, streams=streams, labelled=labelled))
     inputs = on_every_rank(lambda: _sample_inputs(config, sources, "paired" in streams) if ranks.rank == 0 else {})
     return Run(
         settings=settings,
@@ -183,7 +184,7 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         schedule=schedule,
         target=-(-schedule.total_images // config.train.global_batch) * config.train.global_batch,
         start=start,
-        reader=Reader(sources, seed=seed, transform=transform, streams=streams, labelled=labelled),
+        reader=reader,
         method=method,
         sides=sides,
         ema=ema,
@@ -265,6 +266,12 @@ def _labelled(method: Method, sources: Mapping[str, Source], seed: int) -> Label
         )
     labelled = LabelledSet(known, method.label_space, method.labelled_fraction, method.labelled_group, seed)
     _log.info("%d pictures with labels, %d without, %d left out for labels that are not valid.", *labelled.counts)
+    if labelled.counts[1] and "unlabelled" not in method.streams:
+        _log.warning(
+            "The %d pictures without labels are not used: this method, as it is set, has updates with labels only "
+            "(MatchGAN uses them with method.unlabelled_turns=true).",
+            labelled.counts[1],
+        )
     return labelled
 
 

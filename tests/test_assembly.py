@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from i2i_dist import assembly
 from i2i_dist.assembly import Settings, check_sizes
 from i2i_dist.config import ConfigError, RunConfig, validate
+from i2i_dist.data.labels import LabelSpace, SampleLabels
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.train import main
 from tests.methods.cases import CASES
 from tests.methods.cases.common import SIZE
+from tests.updates import small_method
 
 
 def settings(section: dict[str, Any], crop: int, **train: Any) -> Settings:
@@ -89,3 +94,19 @@ def test_a_critic_that_differentiates_itself_cannot_be_cut(
     said = capsys.readouterr().err
     assert "engine.discriminator_stage: given 3, allowed with this method is 0, 1 or 2: its gradient penalty" in said
     assert "engine.generator_stage may be 3" in said
+
+
+def test_pictures_without_labels_that_are_not_used_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A set of which a part has no labels, at the fraction 1: all that are there are told."""
+    values = np.tile(LabelSpace(("a", "b")).classes, (4, 1)).astype(np.int8)
+    values[1::2, 0] = -1
+    source: Any = SimpleNamespace(name="trainA", labels=SampleLabels(("a", "b"), values))
+    for turns, warned in ((None, True), (True, False)):
+        caplog.clear()
+        small = {"attributes": ["a", "b"], "at_most_one": [], "group_classes": 2, "labelled_fraction": 1.0}
+        method = small_method("matchgan", **small, unlabelled_turns=turns)
+        labelled = assembly._labelled(method, {"a": source}, seed=0)
+        assert labelled is not None and labelled.counts == (8, 8, 0)
+        assert ("The 8 pictures without labels are not used" in caplog.text) == warned
+        assert ("unlabelled" in method.streams) == (not warned)
+        assert {labelled.order("unlabelled").sample(place) for place in range(8)} == set(range(1, 16, 2))

@@ -61,12 +61,16 @@ def first_with_both_turns(name: str) -> int:
 def cases_of(name: str) -> list[tuple[int, int]]:
     """Return the stages and accumulations: all for the first method of an order, by turns for those that follow.
 
-    All as well where passes of the critics move buffers, which must not depend on how many passes there are.
+    Where passes of the critics move buffers, which must not depend on how many passes there are, the lowest and the
+    highest stage have both.
     """
     allowed = accumulations(name)
-    if name in first_of_each_order() or persistent_buffers(small_method(name).discriminator):
+    if name in first_of_each_order():
         return list(itertools.product(STAGES, allowed))
-    return [(stage, allowed[stage % len(allowed)]) for stage in STAGES]
+    cases = {(stage, allowed[stage % len(allowed)]) for stage in STAGES}
+    if persistent_buffers(small_method(name).discriminator):
+        cases |= set(itertools.product((STAGES[0], STAGES[-1]), allowed))
+    return sorted(cases)
 
 
 MATRIX = [(name, *case) for name in CASES for case in cases_of(name)]

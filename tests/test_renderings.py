@@ -335,7 +335,11 @@ def test_a_sheet_that_cannot_be_written_is_told(
         (Edited(SPACE), "--attention", "--attention: Edited makes one translation for each of --labels; leave it out"),
         (Edited(SPACE), "--labels all --seed 1", "--seed: it is what --samples draws its codes from"),
         (Edited(SPACE), "--labels Mole=1,dark=1", "--labels Mole=1,dark=1: no attribute .* did you mean 'Male'"),
-        (Edited(SPACE), "--labels Male=1", "--labels Male=1: given 1 for none; allowed is exactly one of light, dark"),
+        (
+            Edited(SPACE),
+            "--labels Male=1",
+            "--labels Male=1: given 1 for none of them; allowed is exactly one of light, dark",
+        ),
         (Edited(SPACE), "--labels all --labels dark=1", "--labels all: it stands for every valid label; leave out"),
         (
             Edited(SPACE),

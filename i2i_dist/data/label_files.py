@@ -84,6 +84,8 @@ def read_csv(path: Path) -> tuple[Rows, SampleLabels]:
         raise _error(path, 1, "is empty, and a row of headings is expected")
     (first_line, headings), *rows = rows
     attributes = tuple(headings[1:])
+    if any(attributes) and set(attributes) <= _VALUES.keys():
+        raise _error(path, first_line, f"holds the values {', '.join(attributes)}, and a row of headings is expected")
     _check_attributes(path, first_line, attributes)
     found = _Found(path)
     values: list[list[int]] = []

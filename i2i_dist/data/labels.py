@@ -106,8 +106,8 @@ class LabelSpace:
         for (how_many, group), rule in zip(self._groups, self.rules, strict=True):
             holds = [place for place in group if label[place]]
             if len(holds) > 1 or (how_many == "exactly one" and not holds):
-                named = ", ".join(self._named(holds)) or "none"
-                raise ValueError(f"given 1 for {named}; allowed is {rule}")
+                named = f"1 for {', '.join(self._named(holds))}" if holds else "1 for none of them"
+                raise ValueError(f"given {named}; allowed is {rule}")
         return label
 
     def __str__(self) -> str:
@@ -281,7 +281,10 @@ class LabelledSet:
         """
         if stream == "unlabelled":
             if not len(self._unlabelled):
-                raise ValueError("every picture is labelled, so that there are none for the stream without labels")
+                raise ValueError(
+                    f"all {len(self._labelled)} pictures are labelled, so that none is left for the updates without "
+                    "labels; lower method.labelled_fraction, or set it to 1 and method.unlabelled_turns to false"
+                )
             return _Part(self._unlabelled, self._seed, "unlabelled")
         if self._group is None:
             return _Part(self._labelled, self._seed, "labelled")

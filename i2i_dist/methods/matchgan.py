@@ -44,16 +44,24 @@ class Hyperparameters(LabelKeys):
     group_classes: Annotated[int, Field(ge=2)] = 4  # classes of a group of pictures, and targets of its translations
     group_images: Annotated[int, Field(ge=2, multiple_of=2)] = 4  # pictures of each class
     lambda_match: Weight = 0.5
+    # Whether pictures whose labels are not told have updates of their own; null means where there are some because
+    # labelled_fraction is below 1. Where labels are really missing, true, at any fraction.
+    unlabelled_turns: bool | None = None
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Return what feeds one update after the other."""
+        both = self.labelled_fraction < 1 if self.unlabelled_turns is None else self.unlabelled_turns
+        return ("labelled", "unlabelled") if both else ("labelled",)
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Hyperparameters:
         classes = len(self.space().classes)
         if self.group_classes > classes:
             raise ValueError(f"group_classes: given {self.group_classes}, allowed is at most {classes}, as there are")
-        if self.labelled_fraction < 1 and self.critic_turns % 2 == 0:
+        if len(self.streams()) > 1 and self.critic_turns % 2 == 0:
             raise ValueError(
-                f"critic_turns: given {self.critic_turns}, allowed with labelled_fraction={self.labelled_fraction} is "
-                "an odd number: updates with and without labels take turns, and the generator must meet both"
+                f"critic_turns: given {self.critic_turns}, allowed with unlabelled_turns is an odd number: updates "
+                "with and without labels take turns, and the generator must meet both"
             )
         return self
 
@@ -64,7 +72,8 @@ class MatchGAN:
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}, "paper": {"lr_constant": 0.0}}
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (
-        "name", "attributes", "image_size", "width", "blocks", "critic_width", "critic_layers",
+        "name", "attributes", "at_most_one", "exactly_one", "image_size", "width", "blocks", "critic_width",
+        "critic_layers",
     )  # fmt: skip
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     fakes: ClassVar[tuple[str, ...]] = ("fake",)
@@ -75,7 +84,7 @@ class MatchGAN:
     def __init__(self, config: Hyperparameters, init: torch.Generator) -> None:
         self.config = config
         self.pool_size, self.couples_batch = 0, False
-        self.streams: tuple[Stream, ...] = ("labelled", "unlabelled") if config.labelled_fraction < 1 else ("labelled",)
+        self.streams = config.streams()
         self.label_space, self.labelled_fraction = config.space(), config.labelled_fraction
         self.labelled_group = classes, images = config.group_classes, config.group_images
         self.group = classes * images
@@ -85,7 +94,10 @@ class MatchGAN:
         self.discriminator = Critic(config, init, matching=True)
 
     def _targets(self, batch: LabelledBatch, draws: Draws) -> Tensor:
-        """Draw different classes for each group, which its samples take by turns: so each class gets each target."""
+        """Draw different classes for each group, which its samples take by turns.
+
+        So each class of pictures gets each target, where it has as many pictures as there are classes.
+        """
         classes, images = self.labelled_group
         drawn = draws.distinct("target", batch.positions[:: self.group], len(self._classes), classes)
         return self._classes[drawn.repeat(1, images).flatten()]

@@ -33,11 +33,12 @@ from i2i_dist.networks.patchgan import PatchGAN
 from i2i_dist.networks.resnet import ResNetGenerator
 
 # Maps of two patches taken at random differ by twice the square of their spread. Below this that is 2e-4, a thousandth
-# of an adversarial term that neither side wins: nothing is held in its place. Random weights have 0.02 and more.
+# of an adversarial term that neither side wins: nothing is held in its place. Random weights of the default
+# widths have 0.02 and more.
 _LOWEST_SPREAD = 0.01
 _ADVICE = (
     "all patches have nearly the same map of where their content lies, so content registration holds no object in its "
-    "place; raise method.content_spread or method.lambda_content, and start over"
+    "place; if it stays so, raise method.content_spread or method.lambda_content"
 )
 
 # Classes of the pairs D1, D2, C1, C2 of a translation: 0 both of A, 1 both of B, 2 one of each. Reconstruction: the

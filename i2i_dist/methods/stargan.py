@@ -40,7 +40,7 @@ class LabelKeys(Section):
     attributes: tuple[str, ...] = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Young")
     at_most_one: tuple[tuple[str, ...], ...] = (("Black_Hair", "Blond_Hair", "Brown_Hair"),)
     exactly_one: tuple[tuple[str, ...], ...] = ()
-    labelled_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pictures, whose labels are used
+    labelled_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pictures with valid labels: whose are told
     image_size: Positive = 128  # what data.crop_size must be; a multiple of 2 ** critic_layers
     width: Positive = 64  # channels of the generator's first convolution
     blocks: Positive = 6
@@ -197,7 +197,8 @@ class StarGAN:
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}, "paper": {"lr_constant": 0.0}}
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (
-        "name", "attributes", "image_size", "width", "blocks", "critic_width", "critic_layers",
+        "name", "attributes", "at_most_one", "exactly_one", "image_size", "width", "blocks", "critic_width",
+        "critic_layers",
     )  # fmt: skip
     streams: ClassVar[tuple[Stream, ...]] = ("labelled",)
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)

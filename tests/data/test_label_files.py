@@ -73,6 +73,7 @@ def test_a_table_of_minus_ones(file: Path) -> None:
     [
         ("", 1, "is empty, and a row of headings is expected"),
         ("picture\n1.png\n", 1, "should name the attributes, and names none"),
+        ("1.png,1,0\n2.png,0,1\n", 1, "holds the values 1, 0, and a row of headings is expected"),
         ("picture;a\n1.png;1\n", 1, "should name the attributes, and names none"),
         ("picture,a,,b\n1.png,1,0,1\n", 1, "has no heading for the column 3"),
         ("picture,a,b,a\n1.png,1,0,1\n", 1, "names a twice"),

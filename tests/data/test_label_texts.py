@@ -48,7 +48,7 @@ def test_every_class_can_be_written(space: LabelSpace) -> None:
         (FACES, "Male=1=0", "given 'Male=1=0', allowed is"),
         (FACES, "Male=1,Young=0,Male=1", "Male stands twice; leave it once$"),
         (FACES, "Brown_Hair=1,Black_Hair=1", "given 1 for Black_Hair, Brown_Hair; allowed is at most one of Bla"),
-        (MOODS, "light hair=1", "given 1 for none; allowed is exactly one of angry, happy, sad$"),
+        (MOODS, "light hair=1", "given 1 for none of them; allowed is exactly one of angry, happy, sad$"),
         (MOODS, "sad=1,happy=1", "given 1 for happy, sad; allowed is exactly one of angry, happy, sad$"),
     ],
 )  # fmt: skip

@@ -197,5 +197,5 @@ def test_a_stream_without_pictures_is_refused(tmp_path: Path, make_reader: MakeR
     source = open_source(tmp_path, "trainA")
     assert source.labels is not None
     labelled = LabelledSet(source.labels, SPACE, 1.0, None, seed=3)
-    with pytest.raises(ValueError, match="every picture is labelled"):
+    with pytest.raises(ValueError, match="none is left for the updates without labels"):
         Reader({"a": source}, seed=3, transform=PLAIN, streams=("labelled", "unlabelled"), labelled=labelled)

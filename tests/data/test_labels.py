@@ -161,7 +161,7 @@ def test_samples_are_divided_into_labelled_unlabelled_and_left_out() -> None:
 def test_all_labels_are_told() -> None:
     labelled = LabelledSet(known(np.arange(16)), CELEBA, 1.0, None, seed=1)
     assert labelled.counts == (16, 0, 0)
-    with pytest.raises(ValueError, match="every picture is labelled"):
+    with pytest.raises(ValueError, match="none is left for the updates without labels"):
         labelled.order("unlabelled")
     with_unknown = LabelledSet(known(np.arange(-1, 16)), CELEBA, 1.0, None, seed=1)
     assert with_unknown.counts == (16, 1, 0) and with_unknown.order("unlabelled").sample(5) == 0

@@ -91,3 +91,14 @@ def test_every_configuration_trains(path: Path, data: Path, labelled_data: Path,
     assert checkpoints(tmp_path / "run") == [directory_name(2 * batch)]
     samples = {sheet.stem for sheet in (tmp_path / "run" / "samples").glob("*.png")}
     assert samples == {directory_name(0), directory_name(2 * batch)}
+
+
+def test_a_share_that_leaves_no_picture_without_labels_is_refused(labelled_data: Path, tmp_path: Path) -> None:
+    words = settings(**SHORT, data__root=str(labelled_data), train__global_batch=4, method__labelled_fraction=0.99)
+    words += settings(
+        **{f"method__{key}": value for key, value in CASES["matchgan"].small.items() if key != "labelled_fraction"}
+    )
+    words = ["--config", str(ROOT / "configs/matchgan_celeba.yaml"), *words, "--run", str(tmp_path / "run")]
+    codes, (text,) = finish(start_ranks(1, words, tmp_path / "log"))
+    assert codes == [2], text
+    assert "all 16 pictures are labelled" in text and "lower method.labelled_fraction, or set it to 1" in text
