@@ -30,6 +30,7 @@ from i2i_dist.methods.stargan import (
     Generators,
     LabelKeys,
     Outputs,
+    StarGAN,
     critic_terms,
     generator_terms,
     groups_of,
@@ -71,10 +72,7 @@ class MatchGAN:
 
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}, "paper": {"lr_constant": 0.0}}
-    ARCHITECTURE: ClassVar[tuple[str, ...]] = (
-        "name", "attributes", "at_most_one", "exactly_one", "image_size", "width", "blocks", "critic_width",
-        "critic_layers",
-    )  # fmt: skip
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = StarGAN.ARCHITECTURE
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     fakes: ClassVar[tuple[str, ...]] = ("fake",)
     shown: ClassVar[tuple[str, ...]] = ("mixed",)

@@ -214,8 +214,7 @@ class StarGAN:
         self.pool_size, self.couples_batch = 0, False
         self.label_space, self.labelled_fraction = config.space(), config.labelled_fraction
         self._classes = torch.from_numpy(self.label_space.classes).float()
-        self.generator = Generators(config, self._targets, init)
-        self.discriminator = Critic(config, init)
+        self.generator, self.discriminator = Generators(config, self._targets, init), Critic(config, init)
 
     def _targets(self, batch: LabelledBatch, draws: Draws) -> Tensor:
         if self.config.targets == "data":

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from i2i_dist import checkpoint, config, run_directory
-from i2i_dist.method import Gauge
 from i2i_dist.methods import resolve
-from i2i_dist.train import Reporter, main
+from i2i_dist.train import main
 from tests.ranks import rank_environment
 from tests.train.runs import checkpoints, copy_run, finish, rows, settings, start, start_ranks
 
@@ -253,15 +251,3 @@ def test_a_run_directory_that_is_not_shared_is_refused(dclgan: Path, tmp_path: P
     codes, (text, _) = finish(start_ranks(2, words, tmp_path / "log", hooks=hooks))
     assert codes == [2, 2]
     assert "rank 1 does not see what rank 0 has written there; the run's directory must be on a file system" in text
-
-
-def test_a_gauge_that_falls_below_its_lowest_is_told_once_each_time(caplog: pytest.LogCaptureFixture) -> None:
-    reporter = object.__new__(Reporter)
-    reporter._low = set()
-    gauges = {name: Gauge(torch.zeros(()), 0.5, f"mend {name}") for name in ("one", "two")}
-    told = []
-    for one in (0.6, 0.4, 0.3, 0.5, 0.49):
-        caplog.clear()
-        reporter._warn(gauges, {"one": one, "two": 0.7})
-        told.append([record.getMessage() for record in caplog.records])
-    assert told == [[], ["one is 0.4, below 0.5: mend one."], [], [], ["one is 0.49, below 0.5: mend one."]]
