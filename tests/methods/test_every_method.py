@@ -14,6 +14,7 @@ from torch import Tensor
 from i2i_dist.method import SIDES, Labelled
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.pool import ImagePools
+from i2i_dist.renderings import Options
 from i2i_dist.step import Step, update
 from i2i_dist.translate import translate, translate_all
 from tests.methods.cases import CASES
@@ -123,12 +124,17 @@ def test_pictures_of_any_size_are_translated_under_their_names(name: str, tmp_pa
         path = tmp_path / "pictures" / picture
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT), (40, 90 * number, 200)).save(path)
+    options, made = Options(), names
+    if isinstance(method, Labelled):
+        label = method.label_space.attributes[0]
+        options = Options(labels=(f"{label}=1",))
+        made = [picture.with_stem(f"{picture.stem}_{label}") for picture in names]
     assert method.directions
     for direction in method.directions:
         target = tmp_path / direction
-        assert translate_all(method, tmp_path / "pictures", target, direction) == 0
-        assert {path.relative_to(target) for path in target.rglob("*.png")} == set(names)
-        for picture in names:
+        assert translate_all(method, tmp_path / "pictures", target, direction, options) == 0
+        assert {path.relative_to(target) for path in target.rglob("*.png")} == set(made)
+        for picture in made:
             with Image.open(target / picture) as translated:
                 assert (translated.size, translated.mode) == ((WIDTH, HEIGHT), "RGB")
 
