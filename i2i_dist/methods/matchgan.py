@@ -8,6 +8,11 @@ without labels take turns; what needs the true label, the critic's reading and t
 `official` is the authors' code, in which the decay of the learning rate that the text speaks of comes to one
 thousandth: `lr_constant` is the share that it leaves alone. `paper` has the whole decay. That code does not mirror
 pictures without labels; here data.flip is for all. Its labelled subset is in the order of the files, and here drawn.
+
+Know what the head for pairs can say. In that code, and so here, it is one linear layer on the features of both
+pictures, which adds up what it finds in each. Whether the two show the same cannot be said by a sum: over pairs in which
+each class is as often with its like as with others, the best answer is chance, and lambda_match * ln 2 is where its
+terms stay.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor
 
 from i2i_dist.config import ConfigError
+from i2i_dist.losses.labels import match_loss, match_pairs
 from i2i_dist.method import Labelled
 from i2i_dist.methods import resolve
+from i2i_dist.methods.stargan import CriticInput
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import update
 from tests.methods import plain_stargan as plain
@@ -177,6 +181,44 @@ def test_updates_without_labels_lack_what_needs_them() -> None:
     expected[4] = expected[4] | {"gan_fake", "class_fake", "match_fake", "cycle"}
     expected[9] = expected[9] | {"gan_fake", "class_fake", "match_fake"}
     assert seen == expected
+
+
+def test_the_head_for_pairs_adds_up_what_it_finds_in_each_picture() -> None:
+    """Exchanging the partners of two pairs leaves the sum of their logits, so that equality is beyond it."""
+    method = build("matchgan")
+    pictures = batch(method, 16).images
+    pairs = torch.tensor([[0, 5], [9, 2], [0, 2], [9, 5]])
+    logits = method.discriminator(CriticInput(pictures, pairs)).reading.matches
+    assert float((logits[0] - logits[2]).abs().max()) > 1e-3
+    torch.testing.assert_close(logits[0] + logits[1], logits[2] + logits[3], rtol=0, atol=1e-12)
+
+
+def test_the_best_sum_of_what_is_in_each_picture_is_chance() -> None:
+    """Over the 16 pairs of all orders of four classes, fitted to the end: ln 2, while a table of pairs gets to 0."""
+    rows, same = match_pairs(4, 4)
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    classes = orders[:, rows // 4].flatten(0, 1)  # [24 * 16, 2]
+    truth = same.repeat(len(orders))
+    first, second, table = (torch.zeros(size, requires_grad=True) for size in ((4, 2), (4, 2), (4, 4, 2)))
+    with torch.no_grad():
+        for start in (first, second):
+            start.normal_(generator=torch.Generator().manual_seed(0))
+    fitted = {}
+    for name, parameters, answer in (
+        ("sum", [first, second], lambda: first[classes[:, 0]] + second[classes[:, 1]]),
+        ("table", [table], lambda: table[classes[:, 0], classes[:, 1]]),
+    ):
+        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss(answer: Any = answer, optimizer: Any = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            value = match_loss(answer(), truth)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        fitted[name] = float(loss())
+    assert fitted["sum"] == pytest.approx(math.log(2), abs=1e-5) and fitted["table"] < 0.01
 
 
 def test_the_weight_stands_at_the_pairs() -> None:
