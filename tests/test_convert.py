@@ -814,6 +814,7 @@ def test_to_refuses_what_is_no_checkpoint_of_the_method(tmp_path: Path, capfd: p
         ({"name": "ugatit", "preset": "tensorflow"}, "has bias: True, and the official code of ugatit only knows F"),
         ({"name": "ugatit", "variance": "biased"}, "has variance: biased, and the official code of ugatit only know"),
         ({"name": "bicyclegan", "model": "clr_gan"}, "has model: clr_gan, and the official code of bicyclegan only k"),
+        ({"name": "matchgan", "match_head": "difference"}, "has match_head: difference, and the official code of matc"),
         ({"name": "matchgan", "blocks": 3}, "has blocks: 3, and the official code of matchgan only knows multiples o"),
     ],
 )  # fmt: skip

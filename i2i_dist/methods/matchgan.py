@@ -9,10 +9,10 @@ without labels take turns; what needs the true label, the critic's reading and t
 thousandth: `lr_constant` is the share that it leaves alone. `paper` has the whole decay. That code does not mirror
 pictures without labels; here data.flip is for all. Its labelled subset is in the order of the files, and here drawn.
 
-Know what the head for pairs can say. In that code, and so here, it is one linear layer on the features of both
-pictures, which adds up what it finds in each. Whether the two show the same cannot be said by a sum: over pairs in which
-each class is as often with its like as with others, the best answer is chance, and lambda_match * ln 2 is where its
-terms stay.
+In that code, and so by default here, the head for pairs is one linear layer on the features of both pictures, which
+adds up what it finds in each. Whether the two show the same cannot be said by a sum: over pairs in which each class is
+as often with its like as with others, the best answer is chance, and lambda_match * ln 2 is where its terms stay. With
+`match_head: difference`, which is not the authors', the layer reads how far the features are apart.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from i2i_dist.methods.stargan import (
     groups_of,
     turns_of,
 )
+from i2i_dist.networks.labelled_critic import Matching
 
 
 class Hyperparameters(LabelKeys):
@@ -50,6 +51,7 @@ class Hyperparameters(LabelKeys):
     group_classes: Annotated[int, Field(ge=2)] = 4  # classes of a group of pictures, and targets of its translations
     group_images: Annotated[int, Field(ge=2, multiple_of=2)] = 4  # pictures of each class
     lambda_match: Weight = 0.5
+    match_head: Matching = "joined"
     # Whether pictures whose labels are not told have updates of their own; null means where there are some because
     # labelled_fraction is below 1. Where labels are really missing, true, at any fraction.
     unlabelled_turns: bool | None = None
@@ -77,7 +79,7 @@ class MatchGAN:
 
     Config: ClassVar[type[BaseModel]] = Hyperparameters
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {}, "paper": {"lr_constant": 0.0}}
-    ARCHITECTURE: ClassVar[tuple[str, ...]] = StarGAN.ARCHITECTURE
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = (*StarGAN.ARCHITECTURE, "match_head")
     directions: ClassVar[tuple[Direction, ...]] = ("a_to_b",)
     fakes: ClassVar[tuple[str, ...]] = ("fake",)
     shown: ClassVar[tuple[str, ...]] = ("mixed",)
@@ -94,7 +96,7 @@ class MatchGAN:
         self._classes = torch.from_numpy(self.label_space.classes).float()
         self._pairs, self._same = match_pairs(classes, images)
         self.generator = Generators(config, self._targets, init)
-        self.discriminator = Critic(config, init, matching=True)
+        self.discriminator = Critic(config, init, matching=config.match_head)
 
     def _targets(self, batch: LabelledBatch, draws: Draws) -> Tensor:
         """Draw different classes for each group, which its samples take by turns.

@@ -29,7 +29,7 @@ from i2i_dist.losses.penalties import gradient_norms, gradient_penalty
 from i2i_dist.method import Direction, Judge, Losses, ParameterGroup, Side, Stream
 from i2i_dist.networks.conditional_resnet import ConditionalGenerator
 from i2i_dist.networks.init import initialise
-from i2i_dist.networks.labelled_critic import LabelledCritic, Reading
+from i2i_dist.networks.labelled_critic import LabelledCritic, Matching, Reading
 
 
 class LabelKeys(Section):
@@ -135,7 +135,7 @@ class Verdict(NamedTuple):
 class Critic(nn.Module):
     """The discriminator's side. It differentiates itself for the penalty, so that it must be whole."""
 
-    def __init__(self, config: LabelKeys, init: torch.Generator, matching: bool = False) -> None:
+    def __init__(self, config: LabelKeys, init: torch.Generator, matching: Matching | None = None) -> None:
         super().__init__()
         size = {"image_size": config.image_size, "width": config.critic_width, "layers": config.critic_layers}
         self.critic = LabelledCritic(attributes=len(config.attributes), **size, matching=matching)

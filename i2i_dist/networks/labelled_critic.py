@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Matching = Literal["joined", "difference"]
 
 
 class Reading(NamedTuple):
@@ -35,9 +37,10 @@ class LabelledCritic(nn.Module):
         image_size: S, side of the pictures; a multiple of 2**layers.
         width: Channels of the first convolution; each has twice as many as the one before.
         layers: Number of halvings.
-        matching: Whether pairs can be asked about.
+        matching: What the head for pairs reads: the features of both pictures "joined", side by side, of which it is a
+            sum; or their absolute "difference". None for no such head.
 
-    Source: Choi et al. 2018, appendix on the architecture; Sun et al. 2020 for pairs.
+    Source: Choi et al. 2018, appendix on the architecture; Sun et al. 2020 for joined pairs.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class LabelledCritic(nn.Module):
         image_size: int = 128,
         width: int = 64,
         layers: int = 6,
-        matching: bool = False,
+        matching: Matching | None = None,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -58,7 +61,10 @@ class LabelledCritic(nn.Module):
         deep, last = widths[-1], image_size // 2**layers
         self.to_patches = nn.Conv2d(deep, 1, 3, padding=1, bias=False)
         self.to_classes = nn.Conv2d(deep, attributes, last, bias=False)
-        self.to_match = nn.Conv2d(2 * deep, 2, last, bias=False) if matching else None
+        self.matching = matching
+        joined = matching == "joined"
+        # Where there is no difference, the bias is left to say that.
+        self.to_match = nn.Conv2d(2 * deep if joined else deep, 2, last, bias=not joined) if matching else None
 
     def forward(self, image: Tensor, pairs: Tensor | None = None) -> Reading:
         """Read.
@@ -81,6 +87,7 @@ class LabelledCritic(nn.Module):
             x = F.leaky_relu(stage(x), 0.01, inplace=True)
         matches = None
         if self.to_match is not None and pairs is not None:
-            first, second = pairs.to(x.device, non_blocking=True).unbind(1)
-            matches = self.to_match(torch.cat([x[first], x[second]], 1)).flatten(1)
+            first, second = (x[rows] for rows in pairs.to(x.device, non_blocking=True).unbind(1))
+            both = torch.cat([first, second], 1) if self.matching == "joined" else (first - second).abs()
+            matches = self.to_match(both).flatten(1)
         return Reading(self.to_patches(x), self.to_classes(x).flatten(1), matches)

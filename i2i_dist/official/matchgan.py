@@ -122,3 +122,7 @@ def label_keys(found: int, names: Sequence[str], exactly_one: bool) -> dict[str,
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from error
     return {"attributes": list(names), "at_most_one": exclusive, "exactly_one": choices}
+
+
+# What the official code computes and no shape tells.
+FORM: dict[str, Any] = {"match_head": "joined"}

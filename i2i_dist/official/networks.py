@@ -17,7 +17,11 @@ NETWORKS: dict[str, dict[str, Network]] = {
 }
 
 # Method -> hyperparameters that a checkpoint must have for the official code to compute what it does.
-FORMS: dict[str, Mapping[str, Any]] = {"bicyclegan": bicyclegan.FORM, "ugatit": ugatit.FORM}
+FORMS: dict[str, Mapping[str, Any]] = {
+    "bicyclegan": bicyclegan.FORM,
+    "matchgan": matchgan.FORM,
+    "ugatit": ugatit.FORM,
+}
 
 # Method -> hyperparameters of which that code only knows multiples of a number.
 MULTIPLES: dict[str, Mapping[str, int]] = {"matchgan": matchgan.MULTIPLES}

@@ -30,7 +30,13 @@ from i2i_dist.studies.runs import train
 from i2i_dist.telemetry.samples import to_uint8
 from i2i_dist.translate import load_method
 
-METHODS = ("stargan", "matchgan")
+# By the name in the table: what the section `method` says of each. The last is MatchGAN with a head for pairs that can
+# tell whether two pictures show the same, which the authors' cannot.
+CONTESTANTS = {
+    "stargan": {"name": "stargan"},
+    "matchgan": {"name": "matchgan"},
+    "difference": {"name": "matchgan", "match_head": "difference"},
+}
 SCORES = ("colour", "size", "shape", "whole")
 
 _TEST = 200  # pictures, each of which is translated into every class
@@ -47,12 +53,12 @@ class Scored(NamedTuple):
     accuracy: dict[str, float]
 
 
-def configuration(method: str, seed: int, data: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return a run's configuration; those of two methods differ in the method's name alone."""
+def configuration(contestant: str, seed: int, data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a run's configuration; those of two contestants differ in what `CONTESTANTS` says of them alone."""
     epoch = max(_BATCH, options.images // _EPOCHS // _BATCH * _BATCH)
     return {
         "method": {
-            "name": method,
+            **CONTESTANTS[contestant],
             "preset": "paper",
             "attributes": list(ATTRIBUTES),
             "at_most_one": [],
@@ -98,20 +104,20 @@ def accuracy(method: Labelled | None, pictures: _Pixels, classes: npt.NDArray[np
 def table(rows: Sequence[Scored]) -> str:
     """Return a table of percentages: each run, and the mean of each method that has several."""
     names = list(dict.fromkeys(row.name for row in rows))
-    lines = [f"{'method':<10}{'seed':>6}" + "".join(f"{score:>9}" for score in SCORES)]
+    lines = [f"{'method':<12}{'seed':>4}" + "".join(f"{score:>9}" for score in SCORES)]
     for name in names:
         own = [row for row in rows if row.name == name]
         shown = [("" if row.seed is None else str(row.seed), row.accuracy) for row in own]
         if len(own) > 1:
             shown.append(("mean", {score: sum(row.accuracy[score] for row in own) / len(own) for score in SCORES}))
-        lines += [f"{name:<10}{seed:>6}" + "".join(f"{values[s]:>9.1%}" for s in SCORES) for seed, values in shown]
+        lines += [f"{name:<12}{seed:>4}" + "".join(f"{values[s]:>9.1%}" for s in SCORES) for seed, values in shown]
     return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m i2i_dist.studies.labels", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/studies/labels"), help="for data, runs and results")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each contestant")
     parser.add_argument("--fraction", type=float, default=0.2, help="share of the pictures whose labels are told")
     parser.add_argument("--pictures", type=int, default=2000, help="pictures to train with")
     parser.add_argument("--images", type=int, default=40_000, help="images seen by each run; as given, minutes")
@@ -131,9 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (data / "testA").exists():  # which is packed last
         write_labelled_dataset(folder / "pictures", size=options.size, train=options.pictures, test=_TEST, seed=0)
         pack.pack(folder / "pictures", data, overwrite=True, labelling=Labelling(csv=folder / "pictures" / LABELS_NAME))
-    runs = [(method, seed, f"{method}_{seed}") for seed in range(options.seeds) for method in METHODS]
+    runs = [(name, seed, f"{name}_{seed}") for seed in range(options.seeds) for name in CONTESTANTS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        started = [pool.submit(train, folder, run, configuration(m, seed, data, options)) for m, seed, run in runs]
+        started = [pool.submit(train, folder, run, configuration(n, seed, data, options)) for n, seed, run in runs]
     for one in started:
         try:
             one.result()
@@ -143,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = open_source(data, "testA")
     pictures = np.stack([decode_image(source.read(index)[1]) for index in range(sum(source.counts))])
     rows: list[Scored] = []
-    for name, seed, run in sorted(runs, key=lambda one: METHODS.index(one[0])):
+    for name, seed, run in sorted(runs, key=lambda one: list(CONTESTANTS).index(one[0])):
         method = load_method(folder / run)
         assert isinstance(method, Labelled)
         method.generator.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -189,8 +189,20 @@ def test_the_head_for_pairs_adds_up_what_it_finds_in_each_picture() -> None:
     pictures = batch(method, 16).images
     pairs = torch.tensor([[0, 5], [9, 2], [0, 2], [9, 5]])
     logits = method.discriminator(CriticInput(pictures, pairs)).reading.matches
-    assert float((logits[0] - logits[2]).abs().max()) > 1e-3
+    assert float((logits[0] - logits[2]).detach().abs().max()) > 1e-3
     torch.testing.assert_close(logits[0] + logits[1], logits[2] + logits[3], rtol=0, atol=1e-12)
+
+
+def test_the_head_for_differences_reads_how_far_two_pictures_are_apart() -> None:
+    method = build("matchgan", match_head="difference")
+    pictures, critic = batch(method, 16).images, method.discriminator.critic
+    features = plain.trunk(critic, pictures)
+    pairs = torch.tensor([[0, 5], [5, 0], [3, 3]])
+    logits = method.discriminator(CriticInput(pictures, pairs)).reading.matches
+    apart = (features[pairs[:, 0]] - features[pairs[:, 1]]).abs().flatten(1)
+    layer = critic.to_match
+    torch.testing.assert_close(logits, apart @ layer.weight.flatten(1).T + layer.bias, rtol=0, atol=1e-10)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[2], layer.bias) and layer.bias.all()
 
 
 def test_the_best_sum_of_what_is_in_each_picture_is_chance() -> None:
@@ -217,7 +229,7 @@ def test_the_best_sum_of_what_is_in_each_picture_is_chance() -> None:
             return value
 
         optimizer.step(loss)
-        fitted[name] = float(loss())
+        fitted[name] = float(loss().detach())
     assert fitted["sum"] == pytest.approx(math.log(2), abs=1e-5) and fitted["table"] < 0.01
 
 
@@ -255,6 +267,7 @@ def test_presets() -> None:
         for name, preset in (("stargan", "official"), ("matchgan", "official"), ("matchgan", "paper"))
     )
     del stargan["targets"]
-    own = {"name": "matchgan", "group_classes": 4, "group_images": 4, "lambda_match": 0.5, "unlabelled_turns": None}
+    own = {"name": "matchgan", "group_classes": 4, "group_images": 4, "lambda_match": 0.5}
+    own |= {"unlabelled_turns": None, "match_head": "joined"}
     assert official == stargan | own
     assert paper == official | {"preset": "paper", "lr_constant": 0.0}
