@@ -95,14 +95,16 @@ def test_the_study_without_training(
     trained: list[str] = []
     monkeypatch.setattr(study, "_TEST", 3)
     monkeypatch.setattr(study, "train", lambda folder, name, config: trained.append(name))
-    painters = {"stargan": Painter(always=CLASSES[0].tolist()), "matchgan": Painter()}
+    stubborn = Painter(always=CLASSES[0].tolist())
+    painters = {"stargan": stubborn, "matchgan": Painter(), "difference": stubborn}
     monkeypatch.setattr(study, "load_method", lambda path: painters[path.name.split("_")[0]])
     assert study.main(["--folder", str(tmp_path), "--seeds", "2", "--pictures", "12", "--jobs", "1"]) == 0
-    assert trained == ["stargan_0", "matchgan_0", "stargan_1", "matchgan_1"]
+    names = ("stargan", "matchgan", "difference")
+    assert trained == [f"{name}_{seed}" for seed in (0, 1) for name in names]
     assert "matchgan    mean   100.0%" in capsys.readouterr().out
     stored = json.loads((tmp_path / "results.json").read_text())
     assert [(row["name"], row["seed"]) for row in stored["results"]] == [
-        ("stargan", 0), ("stargan", 1), ("matchgan", 0), ("matchgan", 1), ("untouched", None),
+        *((name, seed) for name in names for seed in (0, 1)), ("untouched", None),
     ]  # fmt: skip
     assert [round(row["accuracy"]["whole"], 3) for row in stored["results"][:4]] == [0.083, 0.083, 1.0, 1.0]
     assert stored["settings"]["seeds"] == 2 and stored["settings"]["fraction"] == 0.2
@@ -126,7 +128,7 @@ def test_the_whole_study(tmp_path: Path) -> None:
     command += ["--images", "160", "--pictures", "100", "--width", "4", "--blocks", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 3
+    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 4
 
 
 def test_the_painter_paints_what_it_is_asked_for() -> None:
