@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from i2i_dist.data.folders import open_source
 from i2i_dist.data.labelled_domains import Labelling
 from i2i_dist.data.synthetic_labels import ATTRIBUTES, COLOURS, LABELS_NAME, edit_accuracy, write_labelled_dataset
 from i2i_dist.method import Labelled
-from i2i_dist.studies.runs import train
+from i2i_dist.studies.runs import train_all
 from i2i_dist.telemetry.samples import to_uint8
 from i2i_dist.translate import load_method
 
@@ -138,14 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_labelled_dataset(folder / "pictures", size=options.size, train=options.pictures, test=_TEST, seed=0)
         pack.pack(folder / "pictures", data, overwrite=True, labelling=Labelling(csv=folder / "pictures" / LABELS_NAME))
     runs = [(name, seed, f"{name}_{seed}") for seed in range(options.seeds) for name in CONTESTANTS]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        started = [pool.submit(train, folder, run, configuration(n, seed, data, options)) for n, seed, run in runs]
-    for one in started:
-        try:
-            one.result()
-        except RuntimeError as error:
-            print(f"labels: failed, {error}", file=sys.stderr)
-            return 1
+    try:
+        train_all(folder, {run: configuration(name, seed, data, options) for name, seed, run in runs}, options.jobs)
+    except RuntimeError as error:
+        print(f"labels: failed, {error}", file=sys.stderr)
+        return 1
     source = open_source(data, "testA")
     pictures = np.stack([decode_image(source.read(index)[1]) for index in range(sum(source.counts))])
     rows: list[Scored] = []

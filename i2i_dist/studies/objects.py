@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ import torch
 
 from i2i_dist.data.synthetic_objects import DOMAINS, Domain, object_score, render, scenes, write_objects
 from i2i_dist.method import Direction, Method
-from i2i_dist.studies.runs import train
+from i2i_dist.studies.runs import train_all
 from i2i_dist.telemetry.samples import to_uint8
 from i2i_dist.translate import load_method
 
@@ -125,15 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path = options.folder
     write_objects(folder / "pictures", size=options.size, train=options.pictures, test=_TEST, seed=_SEED)
     runs = [(method, seed, f"{method}_{seed}") for seed in range(options.seeds) for method in METHODS]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        data = folder / "pictures"
-        started = [pool.submit(train, folder, run, configuration(m, seed, data, options)) for m, seed, run in runs]
-    for one in started:
-        try:
-            one.result()
-        except RuntimeError as error:
-            print(f"objects: failed, {error}", file=sys.stderr)
-            return 1
+    data = folder / "pictures"
+    try:
+        train_all(folder, {run: configuration(name, seed, data, options) for name, seed, run in runs}, options.jobs)
+    except RuntimeError as error:
+        print(f"objects: failed, {error}", file=sys.stderr)
+        return 1
     rows: list[Scored] = []
     for name, seed, run in sorted(runs, key=lambda one: METHODS.index(one[0])):
         method = load_method(folder / run)

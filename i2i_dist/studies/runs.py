@@ -7,8 +7,22 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+
+def train_all(folder: Path, runs: Mapping[str, dict[str, Any]], jobs: int) -> None:
+    """Train runs, configurations by name, so many at a time.
+
+    Raises:
+        RuntimeError: See `train`.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(train, folder, name, config) for name, config in runs.items()]
+    for one in started:
+        one.result()
 
 
 def train(folder: Path, name: str, config: dict[str, Any]) -> None:

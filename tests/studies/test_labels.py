@@ -94,7 +94,7 @@ def test_the_study_without_training(
 ) -> None:
     trained: list[str] = []
     monkeypatch.setattr(study, "_TEST", 3)
-    monkeypatch.setattr(study, "train", lambda folder, name, config: trained.append(name))
+    monkeypatch.setattr(study, "train_all", lambda folder, runs, jobs: trained.extend(runs))
     stubborn = Painter(always=CLASSES[0].tolist())
     painters = {"stargan": stubborn, "matchgan": Painter(), "difference": stubborn}
     monkeypatch.setattr(study, "load_method", lambda path: painters[path.name.split("_")[0]])

@@ -80,7 +80,7 @@ def test_the_table_and_the_file_have_every_seed_and_the_mean(
 ) -> None:
     trained: list[str] = []
     monkeypatch.setattr(study, "_TEST", 6)
-    monkeypatch.setattr(study, "train", lambda folder, name, config: trained.append(name))
+    monkeypatch.setattr(study, "train_all", lambda folder, runs, jobs: trained.extend(runs))
     monkeypatch.setattr(study, "load_method", lambda run: Knowing(int("cyclegan" in run.name)))
     words = ["--folder", str(tmp_path), "--seeds", "2", "--pictures", "2", "--size", str(SIZE), "--jobs", "1"]
     assert study.main(words) == 0
