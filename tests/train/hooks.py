@@ -28,10 +28,9 @@ def nothing_can_be_read() -> None:
 def _before_updates(change: Callable[[int, Any, Any], None]) -> None:
     real = train.update
 
-    def update(method: Any, sides: Any, draw_batches: Any, *arguments: Any, number: int, **named: Any) -> Any:
-        batches = draw_batches("unpaired")
+    def update(method: Any, sides: Any, batches: Any, *arguments: Any, number: int, **named: Any) -> Any:
         change(number, sides, batches)
-        return real(method, sides, lambda stream: batches, *arguments, number=number, **named)
+        return real(method, sides, batches, *arguments, number=number, **named)
 
     train.update = update
 
