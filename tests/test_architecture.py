@@ -15,6 +15,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), ROOT
 # A part imports itself and parts of earlier tiers, never a neighbour of its own tier.
 TIERS = [
     {"draws", "distributed"},
+    {"stopping"},
     {"config"},
     {"agreement"},
     {"data"},
@@ -28,6 +29,8 @@ TIERS = [
     {"telemetry", "checkpoint", "styles"},
     {"run_directory", "sampling"},
     {"assembly", "translate", "convert"},
+    {"reporter"},
+    {"loop"},
     {"train"},
     {"bench", "demo", "studies"},
     {"doctor"},

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2i_dist import train
+from i2i_dist import reporter as reporter_module
 from i2i_dist.method import Gauge
+from i2i_dist.reporter import Reporter
 from i2i_dist.step import Step
 
 VALUES = [0.5, 0.04, 0.03, 0.06, 0.05, 0.01]
@@ -30,7 +31,7 @@ class Watched:
         return {"spread": Gauge(self.value, 0.05, "it is stuck; free it")}
 
 
-def reporter(method: Any, directory: Path, rank: int = 0) -> train.Reporter:
+def reporter(method: Any, directory: Path, rank: int = 0) -> Reporter:
     run = SimpleNamespace(
         method=method, target=100, device=torch.device("cpu"), layout=SimpleNamespace(precision="fp32"),
         ranks=SimpleNamespace(rank=rank, world=2),
@@ -39,7 +40,7 @@ def reporter(method: Any, directory: Path, rank: int = 0) -> train.Reporter:
             directory=directory, config=SimpleNamespace(output=SimpleNamespace(metrics_port=None))
         ),
     )  # fmt: skip
-    return train.Reporter(run)  # type: ignore[arg-type]
+    return Reporter(run)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -51,11 +52,11 @@ def reduced(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         calls.append(values)
         return values * 1.5
 
-    monkeypatch.setattr(train, "mean_over_ranks", mean)
+    monkeypatch.setattr(reporter_module, "mean_over_ranks", mean)
     return calls
 
 
-def run_through(one: train.Reporter, method: Any) -> None:
+def run_through(one: Reporter, method: Any) -> None:
     for number, value in enumerate(VALUES, start=1):
         if isinstance(method, Watched):
             method.value.fill_(value / 1.5)

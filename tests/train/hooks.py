@@ -6,7 +6,7 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
-from i2i_dist import run_directory, train
+from i2i_dist import loop, run_directory
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 
@@ -26,13 +26,13 @@ def nothing_can_be_read() -> None:
 
 
 def _before_updates(change: Callable[[int, Any, Any], None]) -> None:
-    real = train.update
+    real = loop.update
 
     def update(method: Any, sides: Any, batches: Any, *arguments: Any, number: int, **named: Any) -> Any:
         change(number, sides, batches)
         return real(method, sides, batches, *arguments, number=number, **named)
 
-    train.update = update
+    loop.update = update
 
 
 def _spoil(batches: Any) -> None:
