@@ -1,4 +1,4 @@
-"""Two "machines" inside this one: namespaces for network, processes, mounts and host name, a cable, and an sshd in each.
+"""Two machines inside this one: namespaces for network, processes, mounts and host name, a cable, and an sshd in each.
 
 Nothing outside of them changes, and nothing is left of them when the process that made them ends, however it ends: the
 namespaces have no names, so they go with their last process, and the kernel kills those when their maker dies.
@@ -13,6 +13,8 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.ranks import ROOT
 
 HOSTS = ("node1", "node2")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -90,10 +92,10 @@ class Node:
             assert self._outer.poll() is None, f"{self.name} did not start: {Path(self._log.name).read_text()}"
         raise AssertionError(f"{self.name} did not start")
 
-    def command(self, words: Sequence[str], directory: Path | str = "/") -> list[str]:
-        """Return the command that runs `words` on this node, in a directory."""
+    def command(self, words: Sequence[str]) -> list[str]:
+        """Return the command that runs `words` on this node, in the top directory of the project."""
         enter = ["nsenter", "--target", str(self.pid), *_NAMESPACES, "sh", "-c", 'cd "$0" && exec "$@"']
-        return [*enter, str(directory), *words]
+        return [*enter, str(ROOT), *words]  # entering leaves the directory of the caller
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(words), env=_environment(), capture_output=True, text=True)
@@ -133,9 +135,9 @@ def _patience(seconds: float) -> Iterator[None]:
         time.sleep(0.05)
 
 
-def _write_etc(directory: Path) -> None:
-    names = "".join(f"{address} {host}\n" for host, address in zip(HOSTS, ADDRESSES, strict=True))
-    (directory / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+def _write_etc(directory: Path, alias: str) -> None:
+    names = f"127.0.0.1 localhost\n{ADDRESSES[0]} {HOSTS[0]} {alias}\n{ADDRESSES[1]} {HOSTS[1]}\n"
+    (directory / "hosts").write_text(names)
     (directory / "ssh").mkdir()
     (directory / "ssh" / "ssh_config").write_text(_SSH)
     (directory / "ssh" / "sshd_config").write_text(_SSHD)
@@ -143,9 +145,12 @@ def _write_etc(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def two_nodes(directory: Path) -> Iterator[tuple[Node, Node]]:
-    """Make two nodes that reach each other by cable and ssh, with their settings in an empty directory."""
-    _write_etc(directory)
+def two_nodes(directory: Path, alias: str) -> Iterator[tuple[Node, Node]]:
+    """Make two nodes that reach each other by cable and ssh, with their settings in an empty directory.
+
+    `alias` is one more name of the first one.
+    """
+    _write_etc(directory, alias)
     with contextlib.ExitStack() as stack:
         first, second = nodes = [Node(number, directory) for number in range(2)]
         for node in nodes:
