@@ -201,6 +201,9 @@ def test_both_images_hold_the_same() -> None:
     files = dict(line.split() for line in definition["files"].splitlines() if line.strip())
     assert {*files} == {source.rstrip("/") for source in docker_sources()}
     assert {*files.values()} == {"/opt/i2i_dist/"}
+    (archs,) = re.findall(r'^ARCHS = "(.+)"$', (ROOT / "setup.py").read_text(), flags=re.MULTILINE)
+    assert f'ARG CUDA_ARCHS="{archs}"\n' in DOCKERFILE.read_text()
+    assert f"CUDA_ARCHS={archs}\n" in definition["arguments"]  # Apptainer would make quotes a part of the value
     assert packages(definition["post"]) == packages(DOCKERFILE.read_text()) >= {"g++", "make", "python3-venv"}
 
 
