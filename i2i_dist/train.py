@@ -31,6 +31,7 @@ from i2i_dist.telemetry.jsonl import StatsLog
 # What collectives say on the ranks that are left when another one has ended, and when one does not answer.
 _PEER_IS_GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
 _PEER_IS_SILENT = ("Timed out waiting", "timed out", "wait timeout", "Application timeout")
+_LEAVING = 2  # seconds of the timeout that are left for a rank that has waited in vain to write its stacks and end
 _log = logging.getLogger("i2i_dist.train")
 
 
@@ -47,7 +48,7 @@ def _prepare_process(ranks: Ranks, device: torch.device) -> None:
 
 def _start_engines(ranks: Ranks, timeout_seconds: int) -> torch.device:
     try:
-        return engines.start(ranks, timeout_seconds)
+        return engines.start(ranks, max(1, timeout_seconds - _LEAVING))
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -122,10 +123,11 @@ def _sentence(error: Exception) -> tuple[str, bool]:
     if isinstance(error, ValueError):
         return str(error), True
     text = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = text.partition(". ")[0]
     if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_IS_SILENT):
-        return f"another rank does not answer, and this one cannot go on alone ({text})", True
+        return f"another rank does not answer, and this one cannot go on alone ({reason})", True
     if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_IS_GONE):
-        return f"another rank has ended, and this one cannot go on alone ({text})", True
+        return f"another rank has ended, and this one cannot go on alone ({reason})", True
     return text, False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -9,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from i2i_dist import supervise
-from tests.ranks import ROOT
-from tests.train.runs import Started, launch
+from tests.ranks import ROOT, free_port
+from tests.train.runs import SCRIPT, Started, launch
+from tests.train.test_signals import ENDLESS, assert_saved_where_it_stopped
 
 SUPERVISE = ["python", "launchers/supervise.py"]
 FAKE_RANK = ["python", "-S", str(ROOT / "tests" / "train" / "fake_rank.py")]
@@ -154,3 +157,65 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 def test_a_supervisor_costs_no_torch() -> None:
     words = "import sys, i2i_dist.supervise; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", words], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+# ------------------------------------------------------------------------------------------------------- real launchers
+
+
+@contextmanager
+def family_of(run: Started) -> Iterator[list[psutil.Process]]:
+    """All processes below a run; those that are left in the end are killed, and that is a failure."""
+    family = psutil.Process(run.pid).children(recursive=True)
+    try:
+        yield family
+        _, left = psutil.wait_procs(family, timeout=60)
+        assert not left
+    finally:
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+LOST = "The launcher that started this rank is gone: the run saves and ends."
+
+
+def test_deepspeed_is_killed_and_comes_back_and_is_stopped(dclgan: Path, tmp_path: Path) -> None:
+    """Its front end and launch.py are killed: the ranks save by themselves. The next try gets SIGTERM."""
+    run = tmp_path / "run"
+    words = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
+    process = launch([*SUPERVISE, "--restarts", "1", "--", *words, "--run", str(run), *ENDLESS], tmp_path / "console")
+    process.wait_for("img 8/")
+    with family_of(process) as family:
+        launchers = family[:2]
+        assert "deepspeed.launcher.launch" in launchers[1].cmdline() and len(family) >= 4
+        begun = time.monotonic()
+        for one in launchers:
+            one.kill()
+        process.wait_for("restart 1 of 1")
+        gone = time.monotonic() - begun
+        assert "ended with exit code 137" in process.text
+    # All leave as soon as one has noticed.
+    assert any(LOST in (run / "logs" / f"rank_000{rank}.log").read_text() for rank in (0, 1))
+    stopped = assert_saved_where_it_stopped(run, process.text)
+
+    process.wait_for(f"img {stopped + 4}/")
+    back = time.monotonic() - begun
+    with family_of(process):
+        begun = time.monotonic()
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 75, process.text
+        ended = time.monotonic() - begun
+    print(f"saved and gone after {gone:.1f} s, training again after {back:.1f} s, ended after {ended:.1f} s")
+    assert assert_saved_where_it_stopped(run, process.text) >= stopped + 4
+
+
+def test_ranks_of_torchrun_save_and_end_when_its_agent_is_killed(dclgan: Path, tmp_path: Path) -> None:
+    """They have sessions of their own, so that nothing else reaches them."""
+    run = tmp_path / "run"
+    words = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
+    process = launch([*words, "--run-dir", str(run), *ENDLESS], tmp_path / "console")
+    process.wait_for("img 8/")
+    with family_of(process):
+        process.signal(signal.SIGKILL)
+    assert LOST in process.text
+    assert_saved_where_it_stopped(run, process.text)
