@@ -42,8 +42,8 @@ class StopRequest:
 
     def _watch(self, top: int, launchers: tuple[int, ...]) -> None:
         """Ask to stop when a process between this one and `top` is gone, or the connection to another machine is."""
-        remote = int(os.environ.get("CROSS_SIZE", "1")) > 1
-        while ancestors_up_to(top) == launchers and not (remote and _nobody_reads_us()):
+        by_ssh = int(os.environ.get("CROSS_SIZE", "1")) > 1  # nodes of the deepspeed command
+        while ancestors_up_to(top) == launchers and not (by_ssh and nobody_reads(1)):
             time.sleep(_LOOK_EVERY)
         _log.warning("The launcher that started this rank is gone: the run saves and ends.")
         self._asked = True
@@ -59,11 +59,14 @@ def _launched(environment: Mapping[str, str]) -> bool:
     return supervise.supervisor() is not None or any(name in environment for name in variables)
 
 
-def _nobody_reads_us() -> bool:
-    """Say whether standard output is a pipe or socket without a reader: the ssh that `deepspeed` came by is gone."""
-    mode = os.fstat(1).st_mode
+def nobody_reads(file: int) -> bool:
+    """Say whether a file descriptor is a pipe or socket without a reader.
+
+    Of a process that ssh has started, standard output is one when the connection has been closed: it gets no signal.
+    """
+    mode = os.fstat(file).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return False
     poll = select.poll()
-    poll.register(1, 0)  # errors and hang-ups are always told
+    poll.register(file, 0)  # errors and hang-ups are always told
     return bool(poll.poll(0))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
 import re
 import signal
+import socket
 import termios
 import time
 from pathlib import Path
 
+import pytest
+
 from i2i_dist import checkpoint
+from i2i_dist.stopping import nobody_reads
 from tests.ranks import free_port
 from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, rows, settings, start_ranks
 
@@ -102,3 +107,25 @@ def test_the_command_of_plain_python_resumes(dclgan: Path, tmp_path: Path) -> No
     second.wait_for(f"img {stopped + 2}/")
     second.signal(signal.SIGTERM)
     assert second.wait() == 75, second.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_closed_connection_is_seen(kind: str) -> None:
+    """What standard output is to a process that ssh has started; while somebody is there it may be full."""
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        reader, writer = (end.detach() for end in socket.socketpair())
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    assert not nobody_reads(writer)
+    os.close(reader)
+    assert nobody_reads(writer)
+    os.close(writer)
+
+
+def test_a_file_needs_no_reader(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert not nobody_reads(file.fileno())

@@ -28,17 +28,21 @@ def test_shellcheck_finds_nothing() -> None:
     assert found.returncode == 0, found.stdout
 
 
-def job(words: list[str], directory: Path, log: str) -> Started:
+def slurm_environment(directory: Path) -> dict[str, str]:
+    """What SLURM gives a job, with its commands replaced."""
     while not 20000 <= (port := free_port()) < 40000:
         pass
-    environment = {
+    return {
         "PATH": os.pathsep.join([str(FAKES), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "FAKE_SLURM_LOG": str(directory / "slurm"),
         "SLURM_JOB_ID": str(port - 20000),
         "SLURM_NTASKS": "2",
         "SLURM_PROCID": "0",  # a batch script's own shell has it, too
     }
-    return launch(["bash", SCRIPT, *words], directory / log, environment)
+
+
+def job(words: list[str], directory: Path, log: str) -> Started:
+    return launch(["bash", SCRIPT, *words], directory / log, slurm_environment(directory))
 
 
 def last_time(text: str, log: str) -> float:
