@@ -31,7 +31,7 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         supervise.register()  # not before, or a signal handed on ended the process
-        if _launched(os.environ):
+        if has_launcher(os.environ):
             found = supervise.supervisor()
             top = found[0] if found else os.getppid()
             watch = threading.Thread(target=self._watch, args=(top, ancestors_up_to(top)), daemon=True)
@@ -53,7 +53,7 @@ class StopRequest:
         return any_rank(torch.tensor([float(self._asked)], device=device))[0]
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
+def has_launcher(environment: Mapping[str, str]) -> bool:
     """Say whether a launcher has started this process, so that it must not outlive it, as it may outlive a shell."""
     variables = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of deepspeed, torchrun and srun
     return supervise.supervisor() is not None or any(name in environment for name in variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -107,15 +108,18 @@ def _explain(error: Exception, rank: int) -> int:
     """Say in one sentence what has ended this rank, write the rest into its log, and return the exit code."""
     if isinstance(error, (ConfigError, CheckpointError, TrainingError)):  # the same on every rank
         if rank == 0:
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
+            _say(f"train.py: {error}")
         return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
     text, foreseen = _sentence(error)
     sentence = f"train.py: rank {rank}: {text}"
     logged = stacks.write(error, sentence)
-    print(sentence, file=sys.stderr, flush=True)
-    if not (logged or foreseen):
-        traceback.print_exception(error)
+    _say(sentence if logged or foreseen else f"{sentence}\n{''.join(traceback.format_exception(error))}")
     return FAILED
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the console may be gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> tuple[str, bool]:

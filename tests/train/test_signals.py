@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from i2i_dist import checkpoint
-from i2i_dist.stopping import nobody_reads
+from i2i_dist.stopping import has_launcher, nobody_reads
 from tests.ranks import free_port
 from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, rows, settings, start_ranks
 
@@ -129,3 +129,10 @@ def test_a_closed_connection_is_seen(kind: str) -> None:
 def test_a_file_needs_no_reader(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file:
         assert not nobody_reads(file.fileno())
+
+
+def test_only_what_a_launcher_has_started_looks_whether_it_is_there() -> None:
+    """A shell that ends, with or without nohup, must not stop a run that was started from it."""
+    assert not has_launcher({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        assert has_launcher({name: "1"})
