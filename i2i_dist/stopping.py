@@ -32,8 +32,7 @@ class StopRequest:
             signal.signal(number, self._note)
         supervise.register()  # not before, or a signal handed on ended the process
         if has_launcher(os.environ):
-            found = supervise.supervisor()
-            top = found[0] if found else os.getppid()
+            top = supervise.supervisor() or os.getppid()
             watch = threading.Thread(target=self._watch, args=(top, ancestors_up_to(top)), daemon=True)
             watch.start()
 

@@ -1,9 +1,10 @@
 """Start a launcher, hand signals on to its ranks, start it again when it fails, and leave no process behind.
 
 `deepspeed` and `torchrun` kill the ranks by their own clocks when they are signalled, or leave them as orphans. So the
-supervisor never signals them: each rank writes its process id into the supervisor's directory once it listens to
-signals, and the supervisor signals those of them that descend from itself. When a rank ends in order it leaves its exit
-code there as well, for `torchrun` turns every code into 1.
+supervisor never signals them: each rank reports to it once it listens to signals, and the supervisor signals those of
+them that descend from itself. When a rank ends in order it reports its exit code as well, for `torchrun` turns every
+code into 1. Reports come through a socket that has a name and no file, which no cleaning of old files takes away from
+a run of weeks, and of each the kernel says which process has sent it.
 
 Nothing here imports torch: a supervisor lives beside every run. Linux only.
 """
@@ -15,9 +16,11 @@ import contextlib
 import ctypes
 import math
 import os
+import secrets
 import signal
+import socket
+import struct
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,50 +29,90 @@ from i2i_dist.exit_codes import DONE, FAILED, MISCONFIGURED, STOPPED
 from i2i_dist.processes import descendants_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-VARIABLE = "I2I_DIST_SUPERVISOR"  # of a rank's environment: "PROCESS ID:DIRECTORY"
+VARIABLE = "I2I_DIST_SUPERVISOR"  # of a rank's environment: "PROCESS ID:NAME OF THE SOCKET"
 
 _LONG_TRY = 600.0  # seconds; a try that has lasted as long begins the pauses anew
 _LONGEST_PAUSE = 30.0  # seconds between two tries
 _DEATH = 30.0  # seconds that a killed process may take: what waits for a dead file server does not end
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
+_ANSWER = 5.0  # seconds that a rank waits for a supervisor that does not read
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
 # ------------------------------------------------------------------------------------------------------ a rank's side
 
 
-def supervisor() -> tuple[int, Path] | None:
-    """Return the process id and directory of the supervisor that has started this process, or None."""
-    pid, _, directory = os.environ.get(VARIABLE, "").partition(":")
-    # A rank on another machine inherits the variable and sees no such directory.
-    return (int(pid), Path(directory)) if directory and Path(directory).is_dir() else None
+def supervisor() -> int | None:
+    """Return the process id of the supervisor that has started this process, or None."""
+    with contextlib.suppress(OSError), _to_supervisor():
+        return int(os.environ[VARIABLE].partition(":")[0])
+    return None
 
 
 def register() -> None:
-    """Tell the supervisor that this process is a rank that listens to signals."""
-    _note("")
+    """Tell the supervisor, where there is one, that this process is a rank that listens to signals."""
+    _send("")
 
 
 def report(code: int) -> None:
-    """Tell the supervisor the code with which this rank is about to end."""
-    _note(str(code))
+    """Tell the supervisor, where there is one, the code with which this rank is about to end."""
+    _send(str(code))
 
 
-def _note(text: str) -> None:
-    if found := supervisor():
-        try:
-            (found[1] / str(os.getpid())).write_text(text, encoding="utf-8")
-        except OSError as error:
-            print(f"{found[1]}: {error.strerror}; the supervisor cannot see this rank", file=sys.stderr, flush=True)
+def _to_supervisor() -> socket.socket:
+    """Open a connection; `OSError` where there is no supervisor: a rank on another machine inherits the variable."""
+    if VARIABLE not in os.environ:
+        raise ConnectionRefusedError
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    connection.settimeout(_ANSWER)
+    try:
+        connection.connect("\0" + os.environ[VARIABLE].partition(":")[2])
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _send(text: str) -> None:
+    with contextlib.suppress(OSError), _to_supervisor() as connection:
+        connection.send(text.encode())
 
 
 # ------------------------------------------------------------------------------------------------ the supervisor's side
 
 
+class _Reports:
+    """What the ranks of a try have reported: "" while they run, their exit code in the end."""
+
+    def __init__(self) -> None:
+        self.name = f"i2i_dist_supervisor_{os.getpid()}_{secrets.token_hex(8)}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.bind("\0" + self.name)
+        self._of: dict[int, str] = {}
+
+    def read(self) -> dict[int, str]:
+        """Return the last report of each process, by its id."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                text, extra, *_ = self._socket.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
+                pid, user, _ = _CREDENTIALS.unpack(extra[0][2])
+                if user == os.getuid():
+                    self._of[pid] = text.decode()
+        return self._of
+
+    def forget(self) -> None:
+        """Begin a try."""
+        self.read()
+        self._of = {}
+
+
 class Supervisor:
     """Runs a command, one try after the other, and knows whether it was asked to stop."""
 
-    def __init__(self, command: Sequence[str], grace: float, notes: Path) -> None:
-        self._command, self._grace, self._notes = list(command), grace, notes
+    def __init__(self, command: Sequence[str], grace: float) -> None:
+        self._command, self._grace, self._reports = list(command), grace, _Reports()
         self._srun = Path(command[0]).name == "srun"  # its ranks descend from SLURM's daemons, and it signals them
         self._killed = False
         self.asked = False
@@ -80,9 +123,8 @@ class Supervisor:
         Raises:
             OSError: There is no such command.
         """
-        for note in self._notes.iterdir():
-            note.unlink()
-        environment = os.environ | {VARIABLE: f"{os.getpid()}:{self._notes}"}
+        self._reports.forget()
+        environment = os.environ | {VARIABLE: f"{os.getpid()}:{self._reports.name}"}
         leader = os.posix_spawnp(
             self._command[0], self._command, environment, setsid=True, setsigmask=[], setsigdef=STOP_SIGNALS
         )
@@ -90,6 +132,7 @@ class Supervisor:
         deadline, self._killed = math.inf, False
         while True:
             number = self.wait_for_signal(0.5)
+            self._reports.read()  # or ranks have to wait
             try:
                 while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                     if ended[0] == leader:
@@ -112,16 +155,12 @@ class Supervisor:
         self.asked = True
         return found.si_signo
 
-    def _ranks(self) -> dict[int, str]:
-        """Return what the ranks of this try have written: "" while they run, their exit code in the end."""
-        return {int(note.name): note.read_text(encoding="utf-8") for note in self._notes.iterdir()}
-
     def _pass_on(self, number: int, leader: int) -> None:
         if self._srun:
             if leader:  # to the first SIGINT srun only answers with the state of its tasks
                 os.kill(leader, signal.SIGTERM if number == signal.SIGINT else number)
             return
-        ranks = self._ranks()
+        ranks = self._reports.read()
         if not ranks:
             self._kill("has no rank on this machine yet, and nothing to save here")
         family = descendants_of(os.getpid())
@@ -144,7 +183,7 @@ class Supervisor:
 
     def _verdict(self, leader: int) -> int:
         """Return the exit code of a try from the command's own, negative for a signal, and those of the ranks."""
-        texts = list(self._ranks().values())
+        texts = list(self._reports.read().values())
         codes = {int(text) for text in texts if text}
         if MISCONFIGURED in codes:
             return MISCONFIGURED
@@ -223,11 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, signal.SIGCHLD])
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "this system does not hand orphans to the process that supervises them")
-    with tempfile.TemporaryDirectory(prefix="i2i_dist_supervisor_") as notes:
-        try:
-            return _supervise(Supervisor(command, options.grace, Path(notes)), options.restarts)
-        except OSError as error:
-            if error.filename is None:
-                raise
-            _say(f"{command[0]}: {error.strerror}")
-            return MISCONFIGURED
+    try:
+        return _supervise(Supervisor(command, options.grace), options.restarts)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"{command[0]}: {error.strerror}")
+        return MISCONFIGURED

@@ -44,23 +44,27 @@ def lines(log: Path, word: str) -> list[str]:
 
 
 def test_a_signal_reaches_each_rank_once_and_nothing_else(tmp_path: Path) -> None:
-    """The shell between them has no handler and would end at once; another job's process has a note of its own."""
+    """The shell between them has no handler and would end at once; another job's process reports as a rank does."""
     ranks = [tmp_path / "0", tmp_path / "1"]
     run = supervised(tmp_path, [], f"RANK {ranks[0]} until_told &", f"RANK {ranks[1]} until_told", "wait", "exit 9")
     until(lambda: all(lines(rank, "started") for rank in ranks))
-    directory = Path(lines(ranks[0], "started")[0].split(":")[1])
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        (directory / str(stranger.pid)).write_text("")
+    words = "from i2i_dist import supervise; supervise.register(); print('registered', flush=True); input()"
+    variable = {supervise.VARIABLE: lines(ranks[0], "started")[0].split()[2]}
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variable,
+    ) as stranger:
+        assert stranger.stdout and stranger.stdout.readline() == b"registered\n"
         run.signal(signal.SIGUSR1)
         until(lambda: bool(lines(ranks[0], "heard")))
-        (directory / str(stranger.pid)).unlink()
         run.signal(signal.SIGTERM)
         assert run.wait() == 75, run.text  # not the shell's 9: the ranks know better
         assert stranger.poll() is None
         stranger.communicate(b"\n")
     for rank in ranks:
         assert lines(rank, "heard") == ["heard SIGUSR1", "heard SIGTERM"]
-    assert not directory.exists()
     run.wait_until_gone()
 
 
@@ -122,7 +126,7 @@ def test_a_launcher_that_claims_success_without_its_ranks_is_not_believed(tmp_pa
 
 def test_a_lost_supervisor_is_seen_from_below_its_launcher(tmp_path: Path) -> None:
     """The rank's own parent lives on."""
-    words = "import time; from i2i_dist import processes, supervise; top = supervise.supervisor()[0]"
+    words = "import time; from i2i_dist import processes, supervise; top = supervise.supervisor()"
     watch = f"{words}; chain = processes.ancestors_up_to(top); print(len(chain), flush=True)\n" + (
         "while processes.ancestors_up_to(top) == chain: time.sleep(0.01)\nprint('lost', flush=True)"
     )
