@@ -16,7 +16,7 @@ import torch
 
 from i2i_dist import supervise
 from i2i_dist.distributed import any_rank
-from i2i_dist.processes import ancestors_up_to
+from i2i_dist.processes import ancestors_up_to, parent_of
 from i2i_dist.supervise import STOP_SIGNALS
 
 _LOOK_EVERY = 1.0  # seconds
@@ -32,7 +32,7 @@ class StopRequest:
             signal.signal(number, self._note)
         supervise.register()  # not before, or a signal handed on ended the process
         if has_launcher(os.environ):
-            top = supervise.supervisor() or os.getppid()
+            top = supervise.supervisor() or _launcher()
             watch = threading.Thread(target=self._watch, args=(top, ancestors_up_to(top)), daemon=True)
             watch.start()
 
@@ -56,6 +56,12 @@ def has_launcher(environment: Mapping[str, str]) -> bool:
     """Say whether a launcher has started this process, so that it must not outlive it, as it may outlive a shell."""
     variables = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of deepspeed, torchrun and srun
     return supervise.supervisor() is not None or any(name in environment for name in variables)
+
+
+def _launcher() -> int:
+    """Return the process id of the launcher: the parent, or with deepspeed the command that has started the parent."""
+    parent = os.getppid()
+    return parent_of(parent) if "CROSS_RANK" in os.environ else parent
 
 
 def nobody_reads(file: int) -> bool:

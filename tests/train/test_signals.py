@@ -41,7 +41,10 @@ def resume_line(process: Started) -> str:
 
 
 def test_ctrl_c_and_sigterm_through_deepspeed(dclgan: Path, tmp_path: Path) -> None:
-    """Ctrl-C twice at the terminal; then the printed command as it stands, ended by SIGTERM to its process group."""
+    """Ctrl-C twice at the terminal; then the printed command as it stands, ended by SIGTERM to the front end alone.
+
+    The front end ends at once and hands nothing on; the ranks notice that it is gone.
+    """
     run = tmp_path / "run"
     words = [SCRIPT, "--config", str(dclgan), "--run", str(run), *ENDLESS]
     terminal, stdin = pty.openpty()
@@ -60,9 +63,9 @@ def test_ctrl_c_and_sigterm_through_deepspeed(dclgan: Path, tmp_path: Path) -> N
     os.close(stdin)
     stopped = assert_saved_where_it_stopped(run, first.text)
 
-    second = launch(["sh", "-c", resume_line(first)], tmp_path / "second")
+    second = launch(["sh", "-c", f"exec {resume_line(first)}"], tmp_path / "second")
     second.wait_for(f"img {stopped + 4}/")
-    second.signal_group(signal.SIGTERM)
+    second.signal(signal.SIGTERM)
     second.wait_until_gone()
     assert "resumes at image" in second.text
     assert resume_line(second) == resume_line(first)
