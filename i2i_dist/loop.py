@@ -9,15 +9,16 @@ from collections.abc import Iterator
 
 import torch
 
-from i2i_dist import checkpoint, engine_state
+from i2i_dist import checkpoint, engine_state, stacks
 from i2i_dist.assembly import Run
 from i2i_dist.data.batch import Batch, LabelledBatch, to_device
 from i2i_dist.data.reader import micro_batches
 from i2i_dist.distributed import any_rank
+from i2i_dist.exit_codes import DONE, STOPPED
 from i2i_dist.method import SIDES
 from i2i_dist.reporter import Reporter
 from i2i_dist.step import Step, update
-from i2i_dist.stopping import DONE, STOPPED, StopRequest
+from i2i_dist.stopping import StopRequest
 
 _ADVICE = (
     "lower the learning rate, train in fp32, or go back with --resume to an older checkpoint; those in {} hold "
@@ -140,6 +141,7 @@ def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
     batches = _batches(run, reporter)
     saved, wanted, stopping = updates > 0, False, False
     while images_seen < run.target and not stopping:
+        stacks.alive()
         step = _update(run, reporter, batches, images_seen, updates)
         images_seen, updates, saved = images_seen + train.global_batch, updates + 1, False
         bad_in_a_row = bad_in_a_row + 1 if step.skipped else 0

@@ -1,29 +1,77 @@
-"""How a run ends: the exit codes, and who asks it to stop."""
+"""Who asks a run to stop: people and schedulers by signals, and the loss of the launcher."""
 
 from __future__ import annotations
 
+import logging
+import os
+import select
 import signal
+import stat
+import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from i2i_dist import supervise
 from i2i_dist.distributed import any_rank
+from i2i_dist.processes import ancestors_up_to, parent_of
+from i2i_dist.supervise import STOP_SIGNALS
 
-DONE, FAILED, MISCONFIGURED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped early, and can be resumed
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_LOOK_EVERY = 1.0  # seconds
+_log = logging.getLogger("i2i_dist.stopping")
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only set a flag."""
+    """Whether somebody asked the run to stop: signals, and the loss of what has started it, only set a flag."""
 
     def __init__(self) -> None:
         self._asked = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        supervise.register()  # not before, or a signal handed on ended the process
+        if has_launcher(os.environ):
+            top = supervise.supervisor() or _launcher()
+            watch = threading.Thread(target=self._watch, args=(top, ancestors_up_to(top)), daemon=True)
+            watch.start()
 
     def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def _watch(self, top: int, launchers: tuple[int, ...]) -> None:
+        """Ask to stop when a process between this one and `top` is gone, or the connection to another machine is."""
+        by_ssh = int(os.environ.get("CROSS_SIZE", "1")) > 1  # nodes of the deepspeed command
+        while ancestors_up_to(top) == launchers and not (by_ssh and nobody_reads(1)):
+            time.sleep(_LOOK_EVERY)
+        _log.warning("The launcher that started this rank is gone: the run saves and ends.")
         self._asked = True
 
     def on_any_rank(self, device: torch.device) -> bool:
         """Say whether any rank was asked; all ranks get the same answer. Collective."""
         return any_rank(torch.tensor([float(self._asked)], device=device))[0]
+
+
+def has_launcher(environment: Mapping[str, str]) -> bool:
+    """Say whether a launcher has started this process, so that it must not outlive it, as it may outlive a shell."""
+    variables = ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of deepspeed, torchrun and srun
+    return supervise.supervisor() is not None or any(name in environment for name in variables)
+
+
+def _launcher() -> int:
+    """Return the process id of the launcher: the parent, or with deepspeed the command that has started the parent."""
+    parent = os.getppid()
+    return parent_of(parent) if "CROSS_RANK" in os.environ else parent
+
+
+def nobody_reads(file: int) -> bool:
+    """Say whether a file descriptor is a pipe or socket without a reader.
+
+    Of a process that ssh has started, standard output is one when the connection has been closed: it gets no signal.
+    """
+    mode = os.fstat(file).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return False
+    poll = select.poll()
+    poll.register(file, 0)  # errors and hang-ups are always told
+    return bool(poll.poll(0))

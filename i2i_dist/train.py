@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from i2i_dist import config, engines, run_directory
+from i2i_dist import config, engines, run_directory, stacks, supervise
 from i2i_dist.agreement import on_every_rank, on_first_rank
 from i2i_dist.assembly import Run, Settings, assemble, check_sizes, plan
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.command_line import parse, resume_command
 from i2i_dist.config import ConfigError
-from i2i_dist.distributed import Ranks, adopt_environment, from_first_rank
+from i2i_dist.distributed import Ranks, adopt_environment, barrier, from_first_rank
+from i2i_dist.exit_codes import DONE, FAILED, MISCONFIGURED, STOPPED
 from i2i_dist.loop import TrainingError, loop
 from i2i_dist.methods import resolve
 from i2i_dist.reporter import Reporter
-from i2i_dist.stopping import DONE, FAILED, MISCONFIGURED, STOPPED, StopRequest
-from i2i_dist.telemetry.console import plan_text, setup_logging
+from i2i_dist.stopping import StopRequest
+from i2i_dist.telemetry.console import log_path, plan_text, setup_logging
 from i2i_dist.telemetry.jsonl import StatsLog
 
-# What collectives say on the ranks that are left when another one has ended.
-_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "Timed out waiting")
+# What collectives say on the ranks that are left when another one has ended, and when one does not answer.
+_PEER_IS_GONE = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+_PEER_IS_SILENT = ("Timed out waiting", "timed out", "wait timeout", "Application timeout")
+_LEAVING = 2  # seconds of the timeout that are left for a rank that has waited in vain to write its stacks and end
 _log = logging.getLogger("i2i_dist.train")
 
 
@@ -44,7 +49,7 @@ def _prepare_process(ranks: Ranks, device: torch.device) -> None:
 
 def _start_engines(ranks: Ranks, timeout_seconds: int) -> torch.device:
     try:
-        return engines.start(ranks, timeout_seconds)
+        return engines.start(ranks, max(1, timeout_seconds - _LEAVING))
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -70,6 +75,7 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
     held = on_first_rank(lambda: run_directory.lock(settings.directory))
     run_directory.check_shared(settings.directory)
     on_every_rank(lambda: setup_logging(ranks.rank, settings.directory))
+    stacks.write_to(log_path(ranks.rank, settings.directory), settings.config.engine.timeout_seconds)
     logging.raiseExceptions = False  # a full disk must not answer each line of the log with a traceback
     if options.deepspeed_config and ranks.rank == 0:
         _log.warning("--deepspeed_config has no effect: the engines are set by the configuration's section 'engine'.")
@@ -90,41 +96,74 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
     else:
         seen = max(run.target, run.start.images_seen)
         _log.info("Done: %d images seen. Run directory: %s", seen, settings.directory)
+    stacks.leaving()
+    barrier()  # launchers kill what is left soon after the first rank has ended
     engines.stop()
     if held is not None:
         held.close()
     return code
 
 
+def _explain(error: Exception, rank: int) -> int:
+    """Say in one sentence what has ended this rank, write the rest into its log, and return the exit code."""
+    if isinstance(error, (ConfigError, CheckpointError, TrainingError)):  # the same on every rank
+        if rank == 0:
+            _say(f"train.py: {error}")
+        return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
+    text, foreseen = _sentence(error)
+    sentence = f"train.py: rank {rank}: {text}"
+    logged = stacks.write(error, sentence)
+    _say(sentence if logged or foreseen else f"{sentence}\n{''.join(traceback.format_exception(error))}")
+    return FAILED
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the console may be gone
+        print(text, file=sys.stderr, flush=True)
+
+
+def _sentence(error: Exception) -> tuple[str, bool]:
+    """Return what to say of an error of this rank alone, and whether errors of the kind are foreseen."""
+    if isinstance(error, ValueError):
+        return str(error), True
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = text.partition(". ")[0]
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_IS_SILENT):
+        return f"another rank does not answer, and this one cannot go on alone ({reason})", True
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_IS_GONE):
+        return f"another rank has ended, and this one cannot go on alone ({reason})", True
+    return text, False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; return the exit code: 0 done, 1 error, 2 configuration, 75 stopped early and resumable."""
+    """Train; return the exit code: 0 done, 1 error, 2 configuration, 75 stopped early and resumable.
+
+    After an error the process is best left at once, with `os._exit`: a collective that has timed out leaves threads
+    that may never end.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
-        options = parse(arguments)
-        loaded = config.load(options.config, options.settings)
-        method_class, method_config = resolve(loaded.method)
-        directory = run_directory.choose(options.run, options.config, options.fresh)
-        settings = Settings(loaded, method_class, method_config, directory)
-        check_sizes(settings)
-        if options.dry_run:
-            if rank == 0:
-                print(config.dump(loaded, method_config), end="")
-            return DONE
-        try:
-            ranks = adopt_environment(os.environ)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return _train(options, settings, ranks, arguments)
-    except (ConfigError, CheckpointError, TrainingError) as error:  # the same on every rank
+        code = _run(arguments, rank)
+    except Exception as error:
+        code = _explain(error, rank)
+    supervise.report(code)
+    return code
+
+
+def _run(arguments: Sequence[str], rank: int) -> int:
+    options = parse(arguments)
+    loaded = config.load(options.config, options.settings)
+    method_class, method_config = resolve(loaded.method)
+    directory = run_directory.choose(options.run, options.config, options.fresh)
+    settings = Settings(loaded, method_class, method_config, directory)
+    check_sizes(settings)
+    if options.dry_run:
         if rank == 0:
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
-    except (ValueError, RuntimeError) as error:  # of this rank alone
-        text = str(error)
-        if any(sign in text for sign in _PEER_IS_GONE):
-            text = f"another rank has ended, and this one cannot go on alone ({text.splitlines()[0]})"
-        elif not isinstance(error, ValueError):
-            raise
-        print(f"train.py: rank {rank}: {text}", file=sys.stderr, flush=True)
-        return FAILED
+            print(config.dump(loaded, method_config), end="")
+        return DONE
+    try:
+        ranks = adopt_environment(os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return _train(options, settings, ranks, arguments)

@@ -1,5 +1,6 @@
 """Train: `deepspeed launchers/train.py --config configs/demo.yaml`; also under torchrun, srun and plain python."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -11,9 +12,10 @@ from i2i_dist.train import main
 
 if __name__ == "__main__":
     code = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a console that is gone must not change the code
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Without Python's own ending: a thread that the communication library still runs then can abort the process, and
     # a run that has ended well, with everything on the disk, would be reported as failed.
     os._exit(code)

@@ -14,7 +14,8 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), ROOT
 
 # A part imports itself and parts of earlier tiers, never a neighbour of its own tier.
 TIERS = [
-    {"draws", "distributed"},
+    {"draws", "distributed", "exit_codes", "processes", "stacks"},
+    {"supervise"},
     {"stopping"},
     {"config"},
     {"agreement"},

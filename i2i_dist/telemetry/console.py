@@ -254,6 +254,11 @@ class _ConsoleFormatter(logging.Formatter):
         return text if self._rank == 0 else f"rank {self._rank}: {text}"
 
 
+def log_path(rank: int, run_directory: Path) -> Path:
+    """Return where a rank keeps its log."""
+    return run_directory / "logs" / f"rank_{rank:04}.log"
+
+
 def setup_logging(rank: int, run_directory: Path) -> None:
     """Send log lines to the console and to the rank's own file, `logs/rank_XXXX.log` in the run directory.
 
@@ -263,7 +268,7 @@ def setup_logging(rank: int, run_directory: Path) -> None:
     Raises:
         OSError: The file cannot be created.
     """
-    path = run_directory / "logs" / f"rank_{rank:04}.log"
+    path = log_path(rank, run_directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     console = logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from i2i_dist import loop, run_directory
+from i2i_dist import loop, run_directory, stopping
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 
@@ -72,3 +76,30 @@ def another_run_directory() -> None:
     """What a rank meets on a machine with a disk of its own."""
     real = run_directory.check_shared
     run_directory.check_shared = lambda directory: real(directory / "elsewhere")
+
+
+def faults_of_a_job() -> None:
+    """Rank 1 is killed in the middle of update 7, once; rank 0 waits in update 16, once, until it is told to stop.
+
+    FAKE_SLURM_LOG is told of every signal that a rank hears.
+    """
+    log, rank = Path(os.environ["FAKE_SLURM_LOG"]), os.environ["SLURM_PROCID"]
+    killed, waits = log.with_name("killed"), log.with_name("waits")
+    real = stopping.StopRequest._note
+
+    def note(self: Any, number: int, frame: Any) -> None:
+        with log.open("a") as file:
+            file.write(f"rank {rank} heard {signal.Signals(number).name}\n")
+        real(self, number, frame)
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if (rank, number) == ("1", 7) and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (rank, number) == ("0", 16) and not waits.exists():
+            waits.touch()
+            while "rank 0 heard" not in log.read_text():
+                time.sleep(0.01)
+
+    stopping.StopRequest._note = note
+    _before_updates(change)

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from i2i_dist import checkpoint
+from tests.ranks import free_port, rank_environment
 from tests.train.hooks import FILE_LIMIT
 from tests.train.runs import checkpoints, finish, rows, settings, start, start_ranks
 
@@ -184,14 +185,18 @@ def test_broken_pictures_cost_no_update(dclgan: Path, broken_data: Path, tmp_pat
 # --------------------------------------------------------------------------------------------------------- another rank
 
 
-def test_an_error_of_one_rank_is_told_and_ends_all(dclgan: Path, tmp_path: Path) -> None:
-    words = ["--config", str(dclgan), "--run", str(tmp_path / "run")]
-    ranks = start_ranks(2, words, tmp_path / "log", hooks=["", "nothing_can_be_read"])
-    codes, (text, other) = finish(ranks)  # the timeout of collectives is half an hour: waiting for it fails here
+def test_an_error_of_one_rank_is_told_first_and_ends_all(dclgan: Path, tmp_path: Path) -> None:
+    """Both write to the same console, as under a launcher."""
+    words, port = ["--config", str(dclgan), "--run", str(tmp_path / "run")], free_port()
+    hooks = ("", "nothing_can_be_read")
+    ranks = [start(words, tmp_path / "log", rank_environment(rank, 2, port), hooks[rank]) for rank in (0, 1)]
+    codes, (text, _) = finish(ranks)  # the timeout of collectives is half an hour: waiting for it fails here
     assert codes == [1, 1]
-    assert "train.py: rank 1: 100 samples in a row of domain 'a'" in other and "broken on purpose" in other
-    assert "train.py: rank 0: another rank has ended, and this one cannot go on alone" in text
-    assert "Traceback" not in text + other
+    own = text.index("train.py: rank 1: 100 samples in a row of domain 'a'")
+    other = text.index("train.py: rank 0: another rank has ended, and this one cannot go on alone")
+    assert own < text.index("broken on purpose") < other
+    assert "Traceback" not in text
+    assert "Traceback" in (log := log_of(tmp_path / "run", 1)) and "ValueError: 100 samples in a row" in log
 
 
 def test_a_data_set_that_one_rank_lacks_ends_all(dclgan: Path, data: Path, tmp_path: Path) -> None:
@@ -215,5 +220,72 @@ def test_an_unforeseen_error_ends_the_run_and_its_readers(dclgan: Path, tmp_path
     words = ["--config", str(dclgan), *settings(data__workers=2), "--run", str(tmp_path / "run")]
     run = start(words, tmp_path / "log", hook="error_at_update_3")
     assert run.wait(patience=30) == 1
-    assert "KeyError: 'unforeseen'" in run.text
+    assert "train.py: rank 0: KeyError: 'unforeseen'" in run.text
+    log = log_of(tmp_path / "run", 0)
+    assert "Traceback" in log and 'hooks.py", line' in log and "KeyError: 'unforeseen'" in log
     run.wait_until_gone(patience=10)
+
+
+def log_of(run: Path, rank: int) -> str:
+    return (run / "logs" / f"rank_{rank:04}.log").read_text()
+
+
+THREE_RANKS = settings(train__global_batch=3, schedule__epoch_images=9, schedule__constant_epochs=5000)
+
+
+def test_a_killed_rank_ends_the_others(dclgan: Path, tmp_path: Path) -> None:
+    words = ["--config", str(dclgan), *THREE_RANKS, "--run", str(tmp_path / "run")]
+    ranks = start_ranks(3, words, tmp_path / "log", hooks=[""] * 3)
+    ranks[0].wait_for("img 9/")
+    ranks[1].signal(signal.SIGKILL)
+    begun = time.monotonic()
+    assert [ranks[rank].wait(patience=15) for rank in (0, 2)] == [1, 1]
+    print(f"a killed rank: the others had ended after {time.monotonic() - begun:.1f} s")
+    for rank in (0, 2):
+        (line,) = [line for line in ranks[rank].text.splitlines() if "train.py:" in line]
+        assert "another rank has ended, and this one cannot go on alone" in line
+        log = log_of(tmp_path / "run", rank)
+        assert log.count("another rank has ended") == 1 and "in loop" in log and "All threads:" in log
+
+
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(dclgan: Path, tmp_path: Path) -> None:
+    """And when it wakes up it ends as well."""
+    seconds = 8
+    words = ["--config", str(dclgan), *THREE_RANKS, *settings(engine__timeout_seconds=seconds)]
+    ranks = start_ranks(3, [*words, "--run", str(tmp_path / "run")], tmp_path / "log", hooks=[""] * 3)
+    ranks[0].wait_for("img 9/")
+    ranks[1].signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    codes = [ranks[rank].wait() for rank in (0, 2)]
+    taken = time.monotonic() - begun
+    print(f"a rank that hangs: the others had ended after {taken:.1f} s of {seconds}")
+    assert codes == [1, 1] and taken <= seconds
+    time.sleep(max(0.0, seconds - taken))
+    ranks[1].signal(signal.SIGCONT)
+    assert ranks[1].wait() == 1, ranks[1].text
+    for rank in range(3):
+        log = log_of(tmp_path / "run", rank)
+        assert "Traceback" in log and "All threads:" in log and "_explain" in log
+        assert log.count("another rank ") == 1
+        assert "Traceback" not in ranks[rank].text
+    # The first to give up names the reason; the others may only see it go.
+    assert any("another rank does not answer" in ranks[rank].text for rank in (0, 2))
+
+
+def test_two_runs_on_one_machine(dclgan: Path, tmp_path: Path) -> None:
+    """The same port for metrics: the second takes another. The same directory: the third is refused."""
+    port = free_port()
+    words = ["--config", str(dclgan), *settings(schedule__constant_epochs=5000, output__metrics_port=port)]
+    first = start([*words, "--run", str(tmp_path / "first")], tmp_path / "first_log")
+    first.wait_for("img 8/")
+    second = start([*words, "--run", str(tmp_path / "second")], tmp_path / "second_log")
+    third = start([*words, "--run", str(tmp_path / "first")], tmp_path / "third_log")
+    assert third.wait() == 2
+    assert f"--run {tmp_path / 'first'} is in use by process {first.pid} on " in third.text
+    second.wait_for("img 8/")
+    assert f"http://127.0.0.1:{port}/metrics" in first.text
+    found = re.search(r"metrics: http://127\.0\.0\.1:(\d+)/metrics \(port (\d+) is in use", second.text)
+    assert found and int(found[2]) == port != int(found[1])
+    for run in (first, second):
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 75, run.text

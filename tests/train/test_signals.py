@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
 import re
 import signal
+import socket
 import termios
 import time
 from pathlib import Path
 
+import pytest
+
 from i2i_dist import checkpoint
+from i2i_dist.stopping import has_launcher, nobody_reads
 from tests.ranks import free_port
 from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, rows, settings, start_ranks
 
@@ -36,7 +41,10 @@ def resume_line(process: Started) -> str:
 
 
 def test_ctrl_c_and_sigterm_through_deepspeed(dclgan: Path, tmp_path: Path) -> None:
-    """Ctrl-C twice at the terminal; then the printed command as it stands, ended by SIGTERM to its process group."""
+    """Ctrl-C twice at the terminal; then the printed command as it stands, ended by SIGTERM to the front end alone.
+
+    The front end ends at once and hands nothing on; the ranks notice that it is gone.
+    """
     run = tmp_path / "run"
     words = [SCRIPT, "--config", str(dclgan), "--run", str(run), *ENDLESS]
     terminal, stdin = pty.openpty()
@@ -55,9 +63,9 @@ def test_ctrl_c_and_sigterm_through_deepspeed(dclgan: Path, tmp_path: Path) -> N
     os.close(stdin)
     stopped = assert_saved_where_it_stopped(run, first.text)
 
-    second = launch(["sh", "-c", resume_line(first)], tmp_path / "second")
+    second = launch(["sh", "-c", f"exec {resume_line(first)}"], tmp_path / "second")
     second.wait_for(f"img {stopped + 4}/")
-    second.signal_group(signal.SIGTERM)
+    second.signal(signal.SIGTERM)
     second.wait_until_gone()
     assert "resumes at image" in second.text
     assert resume_line(second) == resume_line(first)
@@ -102,3 +110,32 @@ def test_the_command_of_plain_python_resumes(dclgan: Path, tmp_path: Path) -> No
     second.wait_for(f"img {stopped + 2}/")
     second.signal(signal.SIGTERM)
     assert second.wait() == 75, second.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_closed_connection_is_seen(kind: str) -> None:
+    """What standard output is to a process that ssh has started; while somebody is there it may be full."""
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        reader, writer = (end.detach() for end in socket.socketpair())
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    assert not nobody_reads(writer)
+    os.close(reader)
+    assert nobody_reads(writer)
+    os.close(writer)
+
+
+def test_a_file_needs_no_reader(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert not nobody_reads(file.fileno())
+
+
+def test_only_what_a_launcher_has_started_looks_whether_it_is_there() -> None:
+    """A shell that ends, with or without nohup, must not stop a run that was started from it."""
+    assert not has_launcher({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        assert has_launcher({name: "1"})

@@ -1,0 +1,225 @@
+"""The supervisor: signals reach the ranks and nothing else, failures are started again, nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from i2i_dist import supervise
+from tests.ranks import ROOT, free_port
+from tests.train.runs import SCRIPT, Started, launch
+from tests.train.test_signals import ENDLESS, assert_saved_where_it_stopped
+
+SUPERVISE = ["python", "launchers/supervise.py"]
+FAKE_RANK = ["python", "-S", str(ROOT / "tests" / "train" / "fake_rank.py")]
+
+
+def until(met: Callable[[], bool], patience: float = 60.0) -> None:
+    deadline = time.monotonic() + patience
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def supervised(tmp_path: Path, options: list[str], *script: str) -> Started:
+    """A supervised shell that stands for a launcher; `RANK LOG` in its script starts a fake rank."""
+    text = "\n".join(script).replace("RANK", shlex.join(FAKE_RANK))
+    return launch([*SUPERVISE, *options, "--", "sh", "-c", text], tmp_path / "console")
+
+
+def lines(log: Path, word: str) -> list[str]:
+    return [line for line in log.read_text().splitlines() if word in line] if log.exists() else []
+
+
+def test_a_signal_reaches_each_rank_once_and_nothing_else(tmp_path: Path) -> None:
+    """The shell between them has no handler and would end at once; another job's process reports as a rank does."""
+    ranks = [tmp_path / "0", tmp_path / "1"]
+    run = supervised(tmp_path, [], f"RANK {ranks[0]} until_told &", f"RANK {ranks[1]} until_told", "wait", "exit 9")
+    until(lambda: all(lines(rank, "started") for rank in ranks))
+    words = "from i2i_dist import supervise; supervise.register(); print('registered', flush=True); input()"
+    variable = {supervise.VARIABLE: lines(ranks[0], "started")[0].split()[2]}
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variable,
+    ) as stranger:
+        assert stranger.stdout and stranger.stdout.readline() == b"registered\n"
+        run.signal(signal.SIGUSR1)
+        until(lambda: bool(lines(ranks[0], "heard")))
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 75, run.text  # not the shell's 9: the ranks know better
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
+    for rank in ranks:
+        assert lines(rank, "heard") == ["heard SIGUSR1", "heard SIGTERM"]
+    run.wait_until_gone()
+
+
+def test_what_fails_is_started_again_up_to_n_times(tmp_path: Path) -> None:
+    """Each try waits for the last process of the one before, a session of its own and all."""
+    log = tmp_path / "rank"
+    run = supervised(tmp_path, ["--restarts", "2"], f"setsid RANK {log} 1 & sleep 0.2", "exit 1")
+    assert run.wait() == 1
+    assert re.findall(r"restart . of 2 in . s", run.text) == ["restart 1 of 2 in 1 s", "restart 2 of 2 in 2 s"]
+    assert "and no restart is left" in run.text
+    started = [int(line.split()[1]) for line in lines(log, "started")]
+    assert len(set(started)) == 3 and not any(psutil.pid_exists(pid) for pid in started)
+
+
+@pytest.mark.parametrize(("code", "answer"), [("0", 0), ("2", 2), ("75", 75)])
+def test_what_must_not_be_started_again_is_not(tmp_path: Path, code: str, answer: int) -> None:
+    """As under torchrun, whose own code is 1 whatever its ranks say."""
+    run = supervised(tmp_path, ["--restarts", "2"], f"RANK {tmp_path / 'rank'} {code} && exit 0", "exit 1")
+    assert run.wait() == answer, run.text
+    assert len(lines(tmp_path / "rank", "started")) == 1
+
+
+def test_what_does_not_end_in_its_grace_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "rank"
+    run = supervised(tmp_path, ["--grace", "0.5", "--restarts", "1"], f"setsid RANK {log} deaf & RANK {log} deaf")
+    until(lambda: len(lines(log, "started")) == 2)
+    begun = time.monotonic()
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 75, run.text
+    assert time.monotonic() - begun > 0.5
+    assert "did not end within the grace of 0.5 s; killing its processes" in run.text
+    assert not any(psutil.pid_exists(int(line.split()[1])) for line in lines(log, "started"))
+
+
+def test_a_signal_before_there_is_a_rank_ends_the_start(tmp_path: Path) -> None:
+    run = supervised(tmp_path, ["--restarts", "1"], f"touch {tmp_path / 'there'}", "sleep 600")
+    until((tmp_path / "there").exists)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 75, run.text
+    assert "nothing to save here" in run.text
+    run.wait_until_gone()
+
+
+def test_a_launcher_that_is_killed_is_started_again_though_its_ranks_have_saved(tmp_path: Path) -> None:
+    """The first try loses its launcher, and its rank leaves with 75 by itself; the second one ends well."""
+    log = tmp_path / "rank"
+    first = f"RANK {log} 75 & kill -9 $$"
+    run = supervised(tmp_path, ["--restarts", "1"], f"if [ -e {log} ]", f"then RANK {log} 0", f"else {first}", "fi")
+    assert run.wait() == 0, run.text
+    assert "ended with exit code 137; restart 1 of 1" in run.text
+
+
+def test_a_launcher_that_claims_success_without_its_ranks_is_not_believed(tmp_path: Path) -> None:
+    """The deepspeed command answers 0 when its own child is killed, and all ranks with it."""
+    log = tmp_path / "rank"
+    run = supervised(tmp_path, [], f"RANK {log} deaf &", f"while [ ! -e {log} ]", "do sleep 0.1", "done", "kill -9 $!")
+    assert run.wait() == 1, run.text
+
+
+def test_a_lost_supervisor_is_seen_from_below_its_launcher(tmp_path: Path) -> None:
+    """The rank's own parent lives on."""
+    words = "import time; from i2i_dist import processes, supervise; top = supervise.supervisor()"
+    watch = f"{words}; chain = processes.ancestors_up_to(top); print(len(chain), flush=True)\n" + (
+        "while processes.ancestors_up_to(top) == chain: time.sleep(0.01)\nprint('lost', flush=True)"
+    )
+    run = supervised(tmp_path, [], f"python -S -c {shlex.quote(watch)}", "wait")
+    run.wait_for("2\n")
+    run.signal(signal.SIGKILL)
+    until(lambda: "lost" in run.text)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--restarts", "3"], "no command; write it behind --"),
+        (["--restarts", "-1", "--", "true"], "--restarts: given -1, allowed is 0 or more"),
+        (["--grace", "nan", "--", "true"], "--grace: given nan, allowed is 0 or more seconds"),
+        (["deepspeed", "launchers/train.py"], "deepspeed is not an option here; the command stands behind --"),
+    ],
+)
+def test_command_line(words: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        supervise.main(words)
+    assert ended.value.code == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    run = launch([*SUPERVISE, "--restarts", "3", "--", "./not_there"], tmp_path / "console")
+    assert run.wait() == 2
+    assert run.text == "supervise.py: ./not_there: No such file or directory.\n"
+
+
+def test_a_supervisor_costs_no_torch() -> None:
+    words = "import sys, i2i_dist.supervise; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", words], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+# ------------------------------------------------------------------------------------------------------- real launchers
+
+
+@contextmanager
+def family_of(run: Started) -> Iterator[list[psutil.Process]]:
+    """All processes below a run; those that are left in the end are killed, and that is a failure."""
+    family = psutil.Process(run.pid).children(recursive=True)
+    try:
+        yield family
+        _, left = psutil.wait_procs(family, timeout=60)
+        assert not left
+    finally:
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+LOST = "The launcher that started this rank is gone: the run saves and ends."
+
+
+def test_deepspeed_is_killed_and_comes_back_and_is_stopped(dclgan: Path, tmp_path: Path) -> None:
+    """Its front end and launch.py are killed: the ranks save by themselves. The next try gets SIGTERM."""
+    run = tmp_path / "run"
+    words = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
+    process = launch([*SUPERVISE, "--restarts", "1", "--", *words, "--run", str(run), *ENDLESS], tmp_path / "console")
+    process.wait_for("img 8/")
+    with family_of(process) as family:
+        launchers = family[:2]
+        assert "deepspeed.launcher.launch" in launchers[1].cmdline() and len(family) >= 4
+        begun = time.monotonic()
+        for one in launchers:
+            one.kill()
+        process.wait_for("restart 1 of 1")
+        gone = time.monotonic() - begun
+        assert "ended with exit code 137" in process.text
+    # All leave as soon as one has noticed.
+    assert any(LOST in (run / "logs" / f"rank_000{rank}.log").read_text() for rank in (0, 1))
+    stopped = assert_saved_where_it_stopped(run, process.text)
+
+    process.wait_for(f"img {stopped + 4}/")
+    back = time.monotonic() - begun
+    with family_of(process):
+        begun = time.monotonic()
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 75, process.text
+        ended = time.monotonic() - begun
+    print(f"saved and gone after {gone:.1f} s, training again after {back:.1f} s, ended after {ended:.1f} s")
+    assert assert_saved_where_it_stopped(run, process.text) >= stopped + 4
+
+
+def test_ranks_of_torchrun_save_and_end_when_its_agent_is_killed(dclgan: Path, tmp_path: Path) -> None:
+    """They have sessions of their own, so that nothing else reaches them."""
+    run = tmp_path / "run"
+    words = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
+    process = launch([*words, "--run-dir", str(run), *ENDLESS], tmp_path / "console")
+    process.wait_for("img 8/")
+    with family_of(process):
+        process.signal(signal.SIGKILL)
+    assert LOST in process.text
+    assert_saved_where_it_stopped(run, process.text)
