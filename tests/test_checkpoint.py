@@ -25,11 +25,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from i2i_dist import canonical, checkpoint
+from i2i_dist import canonical, checkpoint, saver
 from i2i_dist.checkpoint import CheckpointError, State, directory_name, newest_verified, verify
 from i2i_dist.engines import Layout
 from i2i_dist.method import SIDES
 from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
 from tests.ranks import run_ranks
 
 CONFIG = {"method": {"name": "any", "lr": 2e-4}, "data": {"root": "somewhere"}}
@@ -83,11 +84,13 @@ def everything(sides: Any, pools: ImagePools) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in found.items()}
 
 
-def save(directory: Path, images_seen: int, keep: int = 3, seed: int | None = None) -> str | None:
+def save(directory: Path, images_seen: int, keep: int = 3, seed: int | None = None, **more: Any) -> str | None:
     """Save a state that follows from `images_seen`, unless it shall be that of another seed."""
     seed = images_seen if seed is None else seed
-    state = State(images_seen, images_seen // 2, 1, CONFIG, {"a": "1", "b": "2"})
-    return checkpoint.save(directory, state, trained(seed), NoAverage(), filled_pools(seed), keep)  # type: ignore
+    state = State(images_seen, images_seen // 2, 1, CONFIG, {"a": "1", "b": "2"}, more.pop("scores", {}))
+    captured = saver.capture(trained(seed), NoAverage())  # type: ignore[arg-type]
+    failure = saver.write(directory, state, captured, filled_pools(seed), Keep(keep, **more))
+    return failure.reason if failure else None
 
 
 def restored(path: Path) -> dict[str, Tensor]:
@@ -146,7 +149,7 @@ def test_what_was_saved_comes_back(good: Path) -> None:
     assert not same(expected(100), expected(999)), "the comparison below would say nothing"
     assert same(restored(good), expected(100))
     state = checkpoint.read_state(good)
-    assert state == State(100, 50, 1, CONFIG, {"a": "1", "b": "2"})
+    assert state == State(100, 50, 1, CONFIG, {"a": "1", "b": "2"}, {})
     assert (good.parent / "latest").read_text().strip() == good.name
     assert sorted(path.name for path in good.iterdir()) == FILES
 
@@ -254,6 +257,12 @@ def test_one_that_did_not_verify_is_replaced(good: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
+def manifest_of(state: Any) -> str:
+    """A manifest that says `state` of the file state.json."""
+    sides = {f"{side}.safetensors": {"bytes": 0, "sha256": ""} for side in SIDES}
+    return json.dumps({"format": 1, "files": {"state.json": state} | sides})
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         verify(path)
@@ -315,13 +324,16 @@ def test_a_missing_manifest_is_named(good: Path) -> None:
         ("\x80", "manifest.json cannot be read"),
         ("[" * 100_000, "manifest.json cannot be read"),
         ("[]", "manifest.json does not hold"),
-        ("{}", "its format is None, and this version reads format 1"),
-        ('{"format": 2, "files": {}}', "its format is 2, and this version reads format 1"),
+        ("{}", "its format is None, written by version "),
+        ('{"format": true, "files": {}}', "its format is True, written by version "),
+        ('{"format": 0, "files": {}}', "its format is 0, written by version "),
+        ('{"format": "2", "files": {}}', "its format is '2', written by version "),
         ('{"format": 1}', "does not list"),
         ('{"format": 1, "files": []}', "does not list"),
         ('{"format": 1, "files": {}}', "does not list"),
-        ('{"format": 1, "files": {"state.json": 3}}', "does not list"),
-        ('{"format": 1, "files": {"state.json": {"bytes": 3}}}', "does not list"),
+        ('{"format": 1, "files": {"state.json": 3}}', "does not list its files: state.json, generator.safetensors, "),
+        (manifest_of(3), "does not list the size and sha256 of state.json"),
+        (manifest_of({"bytes": 3}), "does not list the size and sha256 of state.json"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(good: Path, text: str, reason: str) -> None:
@@ -337,8 +349,8 @@ def test_a_file_that_cannot_be_read_is_passed_over(good: Path, monkeypatch: pyte
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return digest(path)
 
-    digest = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    digest = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", broken)
     found, skipped = newest_verified(good.parent)
     assert found == good
     assert "Input/output error" in skipped[0].reason
