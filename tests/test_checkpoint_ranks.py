@@ -230,7 +230,7 @@ def before_the_first_update(directory: Path) -> list[str]:
 
 FAULTS: list[tuple[int, Any, str, int]] = [  # rank that meets it, function, which call of it
     (0, Path, "mkdir", 0), (0, Path, "open", 0), (0, os, "pwrite", 0), (1, os, "pwrite", 0), (1, os, "pwrite", 9),
-    (1, os, "fsync", 1), (1, Path, "write_bytes", 0), (0, os, "fsync", 0), (0, os, "fsync", 3), (0, os, "rename", 0),
+    (1, os, "fsync", 1), (1, Path, "open", 0), (0, os, "fsync", 0), (0, os, "fsync", 3), (0, os, "rename", 0),
 ]  # fmt: skip
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import resource
+import signal
 from collections.abc import Callable
 from typing import Any
 
-from i2i_dist import loop, run_directory
+from i2i_dist import loop, publishing, run_directory
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 
@@ -16,6 +20,48 @@ FILE_LIMIT = 40_000  # bytes: less than one side of a checkpoint, more than ever
 def files_stay_small() -> None:
     """What a full disk does, to large files only."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+
+
+def _in_second_share(change: Callable[[Callable[[], None]], None]) -> None:
+    """Have `change` called with what writes this rank's share of the second checkpoint, in place of it."""
+    real, calls = publishing.write_share, itertools.count()
+
+    def write_share(*arguments: Any) -> None:
+        if next(calls) == 1:
+            change(lambda: real(*arguments))
+        else:
+            real(*arguments)
+
+    publishing.write_share = write_share
+
+
+def disk_full_in_second_checkpoint() -> None:
+    """At the tenth piece that is written, others having been."""
+    real = os.pwrite
+
+    def fail(write: Callable[[], None]) -> None:
+        calls = itertools.count()
+
+        def pwrite(*arguments: Any) -> int:
+            if next(calls) == 9:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*arguments)
+
+        os.pwrite = pwrite
+        try:
+            write()
+        finally:
+            os.pwrite = real
+
+    _in_second_share(fail)
+
+
+def dies_with_its_share_of_second_checkpoint() -> None:
+    def die(write: Callable[[], None]) -> None:
+        write()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _in_second_share(die)
 
 
 def nothing_can_be_read() -> None:
