@@ -54,9 +54,12 @@ class Trainer:
                 )  # fmt: skip
             self.ema.update((step + 1) * self.batch, self.batch)
 
+    def state(self, steps: int) -> State:
+        return State(steps * self.batch, steps, rank_and_world()[1], {"method": {}}, {}, {})
+
     def save(self, directory: Path, steps: int, keep: int = 99) -> str | None:
-        state = State(steps * self.batch, steps, rank_and_world()[1], {"method": {}}, {}, {})
-        failure = saver.write(directory, state, saver.capture(self.sides, self.ema), self.pools, Keep(keep))
+        captured = saver.capture(self.sides, self.ema)
+        failure = saver.write(directory, self.state(steps), captured, self.pools, Keep(keep))
         return failure.reason if failure else None
 
     def restore(self, path: Path) -> State:

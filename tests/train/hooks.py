@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from i2i_dist import loop, publishing, run_directory
+from i2i_dist import loop, plan, publishing, run_directory
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 
@@ -20,6 +20,11 @@ FILE_LIMIT = 40_000  # bytes: less than one side of a checkpoint, more than ever
 def files_stay_small() -> None:
     """What a full disk does, to large files only."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+
+
+def little_room() -> None:
+    """A disk on which a thousand bytes are free."""
+    plan.free_bytes = lambda directory: 1000
 
 
 def _in_second_share(change: Callable[[Callable[[], None]], None]) -> None:
