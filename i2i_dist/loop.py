@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from i2i_dist import checkpoint, saver
 from i2i_dist.assembly import Run
@@ -118,17 +119,23 @@ class _Checkpoints:
             _log.info(told, path, outcome.seconds, outcome.paused)
             metrics.checkpoint_saved(outcome.seconds, outcome.paused)
         else:
-            told = "No checkpoint at image %d: %s. Those before it are kept, and the next one is tried when it is due."
+            told = "No checkpoint at image %d: %s. Those before it are kept."
             _log.error(told, outcome.images_seen, outcome.failure.reason)
             metrics.checkpoint_failed(outcome.failure.kind, outcome.paused)
 
 
 def _finite(captured: Mapping[str, Captured], device: torch.device) -> bool:
     """Say whether everything that a checkpoint would hold is finite. Collective."""
-    pieces = [piece.values for part in captured.values() for piece in part.pieces.values()]
-    held = [values for values in pieces if values.is_floating_point()]
-    largest = torch.stack(torch._foreach_norm(held, float("inf"))) if held else torch.zeros(1, device=device)
-    return not any_rank((~torch.isfinite(largest)).any().reshape(1))[0]
+    held: dict[torch.device, list[Tensor]] = {}  # state that is offloaded lies elsewhere than what computes
+    for part in captured.values():
+        for _, values in part.pieces.values():
+            if values.is_floating_point():
+                held.setdefault(values.device, []).append(values)
+    bad = torch.zeros(1, dtype=torch.bool, device=device)
+    for tensors in held.values():
+        largest = torch.stack(torch._foreach_norm(tensors, float("inf")))
+        bad |= (~torch.isfinite(largest)).any().to(device)
+    return not any_rank(bad)[0]
 
 
 def _sample(run: Run, images_seen: int) -> None:

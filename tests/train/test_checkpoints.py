@@ -39,6 +39,32 @@ def test_the_last_some_and_the_best_stay_and_the_room_is_told(dclgan: Path, tmp_
 
 
 @pytest.mark.soak
+def test_on_four_ranks_two_one_and_four_a_run_sees_what_one_rank_sees(dclgan: Path, tmp_path: Path) -> None:
+    """A leg of two updates each, at other ZeRO stages; the losses are a fingerprint of the images."""
+    slowly = settings(method__lr=1e-7, method__lr_heads=1e-7, method__pool_size=0, train__global_batch=4)
+    words = ["--config", str(dclgan), *slowly]
+
+    def train(world: int, epochs: int, name: str, stage: int) -> None:
+        more = settings(
+            schedule__constant_epochs=epochs, engine__generator_stage=stage, engine__discriminator_stage=3 - stage
+        )
+        log = tmp_path / f"{name}_{epochs}"
+        ranks = start_ranks(world, [*words, *more, "--run", str(tmp_path / name)], log, hooks=[""] * world)
+        codes, texts = finish(ranks)
+        assert codes == [0] * world, texts
+
+    train(1, 8, "whole", 0)
+    for epochs, (world, stage) in enumerate(((4, 3), (2, 1), (1, 2), (4, 0)), start=1):
+        train(world, 2 * epochs, "legs", stage)
+    whole, legs = rows(tmp_path / "whole"), rows(tmp_path / "legs")
+    assert [row["images_seen"] for row in legs] == [row["images_seen"] for row in whole] == list(range(4, 65, 4))
+    for update, row in enumerate(whole):
+        apart = [max(abs(row["losses"][name] - other["losses"][name]) for name in row["losses"]) for other in legs]
+        assert apart[update] < 1e-3
+        assert min(apart[:update] + apart[update + 1 :]) > 5e-3
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(3400)
 def test_killed_while_it_saves_a_run_goes_on_to_the_same_end(dclgan: Path, tmp_path: Path) -> None:
     """Two ranks that save all the time; both of them, or one, are killed 60 times."""
