@@ -188,6 +188,9 @@ def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
                     f"the run is at image {images_seen}, but its last checkpoint could not be written ({reason}); mend "
                     "that and start it again: it goes on from the newest checkpoint before"
                 )
+    except TrainingError:  # the same on all ranks
+        checkpoints.finish()
+        raise
     finally:
         checkpoints.leave()
     return DONE if images_seen >= run.target else STOPPED
@@ -215,7 +218,6 @@ def _train(run: Run, stop: StopRequest, reporter: Reporter, checkpoints: _Checkp
         if due(output.log_every_images) or stopping:
             checkpoints.write_log()
         if bad_in_a_row >= train.max_bad_updates:
-            checkpoints.finish()
             raise TrainingError(
                 f"{bad_in_a_row} updates in a row had a loss or gradient that is not finite, which training does not "
                 f"recover from by itself: {_ADVICE.format(run.settings.directory)}"

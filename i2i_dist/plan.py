@@ -14,10 +14,12 @@ _log = logging.getLogger("i2i_dist.plan")
 
 
 def announce(run: Run) -> None:
-    """Print the plan; warn where the disk will not hold the checkpoints."""
+    """Print the plan, on rank 0; warn where the disk will not hold the checkpoints."""
+    if run.ranks.rank:
+        return
     room = _room(run)
     _log.info("%s", plan_text(_plan(run, room)))
-    if run.ranks.rank == 0 and not room.fits:
+    if not room.fits:
         _log.warning(
             "%d checkpoints of %s will not fit into the %s that are free. One that does not fit is left out, and "
             "training goes on: make room, or lower output.keep_checkpoints or raise output.keep_every_images.",

@@ -124,7 +124,10 @@ def free_bytes(directory: Path) -> int:
 
     Quotas are not seen.
     """
-    held = sum(file.stat().st_size for path in newest_first(directory) for file in path.iterdir())
+    held = 0
+    for path in newest_first(directory):
+        with contextlib.suppress(OSError):
+            held += sum(file.stat().st_size for file in path.iterdir())
     there = next(path for path in (directory, *directory.parents) if path.exists())
     return shutil.disk_usage(there).free + held
 
