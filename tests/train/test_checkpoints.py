@@ -67,16 +67,16 @@ def test_on_four_ranks_two_one_and_four_a_run_sees_what_one_rank_sees(dclgan: Pa
 @pytest.mark.soak
 @pytest.mark.timeout(3400)
 def test_killed_while_it_saves_a_run_goes_on_to_the_same_end(dclgan: Path, tmp_path: Path) -> None:
-    """Two ranks that save all the time; both of them, or one, are killed 60 times."""
+    """Two ranks that save all the time; both of them, or one, are killed 50 times."""
     run, whole, kills, torn, chance = tmp_path / "run", tmp_path / "whole", 0, 0, random.Random(4)
-    wider = {"method__width": 16, "method__critic_width": 16, "schedule__constant_epochs": 400}
+    wider = {"method__width": 16, "method__critic_width": 16, "schedule__constant_epochs": 150}
     words = ["--config", str(dclgan), *settings(output__checkpoint_every_images=2, **wider)]
-    codes, _ = finish(start_ranks(2, [*words, "--run", str(whole)], tmp_path / "whole_log"))
-    assert codes == [0, 0]
-    while kills < 60:
+    ranks = start_ranks(2, [*words, "--run", str(whole)], tmp_path / "whole_log")
+    assert [rank.wait(patience=1200) for rank in ranks] == [0, 0]
+    while kills < 50:
         ranks = start_ranks(2, [*words, "--run", str(run)], tmp_path / f"log_{kills}")
         ranks[0].wait_for("Saved ")
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 0.2))
         for rank in chance.choice([ranks, ranks[:1], ranks[1:]]):
             rank.signal(signal.SIGKILL)
         codes, (text, _) = finish(ranks)
@@ -86,9 +86,10 @@ def test_killed_while_it_saves_a_run_goes_on_to_the_same_end(dclgan: Path, tmp_p
         found, skipped = checkpoint.newest_verified(run / "checkpoints")
         assert found is not None and not skipped
         torn, kills = torn + bool(list((run / "checkpoints").glob(".writing-images_*"))), kills + 1
-    assert torn >= 20, "death has to come in the middle of a save"
-    codes, (text, _) = finish(start_ranks(2, [*words, "--run", str(run)], tmp_path / "last_log"))
-    assert codes == [0, 0] and "resumes at image" in text
+    assert torn >= 15, "death has to come in the middle of a save"
+    ranks = start_ranks(2, [*words, "--run", str(run)], tmp_path / "last_log")
+    assert [rank.wait(patience=1200) for rank in ranks] == [0, 0]
+    assert "resumes at image" in ranks[0].text
     assert not list((run / "checkpoints").glob(".writing-*"))
     last = checkpoints(whole)[-1]
     assert checkpoints(run)[-1] == last
