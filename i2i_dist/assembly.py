@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,11 @@ from i2i_dist.distributed import Ranks, from_first_rank, gather_texts
 from i2i_dist.draws import Draws
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import SIDES, Labelled, Method, Stream
+from i2i_dist.method import SIDES, Gauged, Labelled, Method, Stream
 from i2i_dist.pool import ImagePools
 from i2i_dist.sampling import Sampler, fixed_inputs
 from i2i_dist.schedules import LinearDecay
 from i2i_dist.step import Sides
-from i2i_dist.telemetry.console import Plan
 
 _log = logging.getLogger("i2i_dist.assembly")
 T = TypeVar("T")
@@ -84,7 +84,8 @@ def check_sizes(settings: Settings) -> None:
 
     Raises:
         ConfigError: A network cannot take pictures of that size, for which the message is the network's own; or a
-            ZeRO stage is asked for that the method cannot have.
+            ZeRO stage is asked for that the method cannot have; or the best checkpoint is asked for by the name of
+            something that the method does not log.
     """
     config, crop = settings.config, settings.config.data.crop_size
     method = _sketch(settings)
@@ -96,15 +97,26 @@ def check_sizes(settings: Settings) -> None:
         )
     samples = method.group * min(2, -(-config.train.global_batch // method.group))
     pictures = torch.empty(samples, 3, crop, crop, device="meta")
+    logged = set(method.gauges()) if isinstance(method, Gauged) else set()
     try:
         for stream in dict.fromkeys(method.streams):
             batch = _empty_batch(method, stream, pictures)
             with torch.no_grad():
                 outputs = method.generator(batch, Draws(0, 0))
-                method.generator_loss(batch, outputs, method.discriminator, 0)
-                method.discriminator_loss(batch, outputs, method.discriminator, 0)
+                logged |= method.generator_loss(batch, outputs, method.discriminator, 0).keys()
+                logged |= method.discriminator_loss(batch, outputs, method.discriminator, 0).keys()
     except ValueError as error:
         raise ConfigError(f"data.crop_size: given {crop}, which does not fit: {error}") from None
+    _check_best(config.output.keep_best, sorted(logged))
+
+
+def _check_best(name: str | None, logged: Sequence[str]) -> None:
+    if name is not None and name not in logged:
+        nearest = difflib.get_close_matches(name, logged, n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise ConfigError(
+            f"output.keep_best: given {name!r}, allowed with this method is one of {', '.join(logged)}{hint}"
+        )
 
 
 def _sketch(settings: Settings) -> Method:
@@ -191,32 +203,6 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
         pools=pools,
         sampler=Sampler(replica, sides["generator"], ema, inputs, config.output.sample_styles),
         resumed_from=found,
-    )
-
-
-def plan(run: Run) -> Plan:
-    """Return what the run is about to do."""
-    networks = {
-        name: sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-        for side in run.sides.values()
-        for name, module in side.module.named_children()
-    }
-    references = [op for op, kind in ops.implementations(run.device.type).items() if kind == "reference"]
-    return Plan(
-        method=f"{run.start.config['method']['name']} ({run.start.config['method']['preset']})",
-        run_directory=run.settings.directory,
-        device=run.device.type,
-        nodes=max(1, run.ranks.world // run.ranks.local_world),
-        ranks=run.ranks.world,
-        micro_batch=run.layout.micro_batch,
-        accumulation=run.layout.accumulation,
-        parameters=networks,
-        images_seen=run.start.images_seen,
-        target_images=run.target,
-        updates=run.target // run.settings.config.train.global_batch,
-        precision=run.layout.precision,
-        zero_stages={side: engine.layout.stage for side, engine in run.sides.items()},
-        ops_backend=f"native but for {', '.join(references)}" if references else "native",
     )
 
 
@@ -352,7 +338,7 @@ def _start(settings: Settings, sources: Mapping[str, Source], found: Path | None
     dataset = {domain: source.fingerprint for domain, source in sources.items()}
     resolved = settings.resolved()
     if found is None:
-        return State(0, 0, ranks.world, resolved, dataset)
+        return State(0, 0, ranks.world, resolved, dataset, {})
     saved = run_directory.check_same_run(found, resolved, dataset, settings.method_class.ARCHITECTURE)
     for side in SIDES:
         checkpoint.side_file(found, side)  # a rank that cannot read it says so now, before others wait for it

@@ -39,6 +39,11 @@ def _header(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple
     return struct.pack("<Q", len(text)) + text, {key: base + offset for key, offset in offsets.items()}, base + end
 
 
+def file_bytes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Return the size of the file that `create` makes for these tensors."""
+    return _header(tensors)[2]
+
+
 def create(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
     """Write the header and give the file its full size. One rank does this, before any calls `write_pieces`."""
     header, _, size = _header(tensors)

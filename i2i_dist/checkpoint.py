@@ -1,4 +1,4 @@
-"""Checkpoints: written by all ranks, published in one atomic step, verified before anything is believed.
+"""Checkpoints: what one is, which one to go on from, and how a run is set to what one holds.
 
 A checkpoint is a directory `images_000012800` with
 
@@ -7,39 +7,39 @@ A checkpoint is a directory `images_000012800` with
     state.json                                         images seen, updates, configuration, dataset, optimizer numbers
     manifest.json                                      format version; size and sha256 of all of the above
 
-It is written as `.writing-...` beside its place, flushed to the disk, and renamed; whatever dies on the way leaves the
-checkpoints before it as they were. Nothing in it is pickled.
+`publishing.py` writes it. Nothing in it is pickled, and before anything is believed every file is verified.
+
+The format has a version. Version 2 added `scores` to state.json; a checkpoint of an older one is read by way of
+`_MIGRATIONS`, and keeps its files as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
-from i2i_dist import canonical, engine_state
+from i2i_dist import __version__, engine_state
 from i2i_dist.canonical import CanonicalFile
-from i2i_dist.distributed import barrier, from_first_rank, gather_texts, rank_and_world
+from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.ema import Ema
-from i2i_dist.engine_state import Captured
 from i2i_dist.method import SIDES, Side
 from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"images_\d{12}")
+_FILE = re.compile(rf"state\.json|({'|'.join(SIDES)})\.safetensors|pool_rank_\d{{4,}}\.safetensors")
+_NEEDED = ("state.json", *(f"{side}.safetensors" for side in SIDES))
 _log = logging.getLogger("i2i_dist.checkpoint")
 
 
@@ -64,6 +64,7 @@ class State(NamedTuple):
         config: The whole resolved configuration, the method's section included. Where the weights were converted from
             the official files, the method's section, and a section `converted` that says what they held.
         dataset: Domain -> fingerprint.
+        scores: Mean of each loss and gauge over the records since the checkpoint before, where it was finite.
     """
 
     images_seen: int
@@ -71,6 +72,7 @@ class State(NamedTuple):
     world: int
     config: dict[str, Any]
     dataset: dict[str, str]
+    scores: dict[str, float]
 
 
 def directory_name(images_seen: int) -> str:
@@ -78,139 +80,9 @@ def directory_name(images_seen: int) -> str:
     return f"images_{images_seen:012d}"
 
 
-# --------------------------------------------------------------------------------------------------------------- saving
-
-
-def save(directory: Path, state: State, sides: Sides, ema: Ema, pools: ImagePools, keep: int) -> str | None:
-    """Write and publish a checkpoint, and of it and those before it remove all but the newest `keep`. Collective.
-
-    Returns:
-        None, or the reason why it is not safely on the disk; the checkpoints before are then untouched and training can
-        go on.
-    """
-    captured: dict[str, Captured] = {
-        side: engine_state.capture(sides[side], ema.averages if side == "generator" else {}) for side in SIDES
-    }  # fmt: skip
-    return write(directory, state, captured, pools, keep)
-
-
-def write(directory: Path, state: State, captured: Mapping[str, Captured], pools: ImagePools, keep: int) -> str | None:
-    """Do what `save` does, with the state of each side as it was captured, from an engine or a plain module."""
-    rank, _ = rank_and_world()
-    target = directory / directory_name(state.images_seen)
-    writing = directory / from_first_rank(f".writing-{target.name}-{uuid.uuid4().hex[:8]}")
-    phases: list[Callable[[], None]] = [
-        lambda: _create(writing, captured) if rank == 0 else None,
-        lambda: _write_share(writing, captured, pools),
-        lambda: _publish(writing, target, state, captured) if rank == 0 else None,
-    ]
-    for phase in phases:
-        reason = _on_all_ranks(phase)
-        if reason:
-            if rank == 0:
-                shutil.rmtree(writing, ignore_errors=True)
-            return reason
-    if rank == 0:
-        _name_latest(target)
-        _prune(target, keep)
-    return None
-
-
-def _on_all_ranks(phase: Callable[[], None]) -> str | None:
-    """Run a phase of the save; every rank learns of the first error on any of them, and none waits for the others."""
-    reason = ""
-    try:
-        phase()
-    except OSError as error:
-        reason = f"rank {rank_and_world()[0]}: {error.strerror or error}"
-    return next((text for text in gather_texts(reason) if text), None)
-
-
-def _create(writing: Path, captured: Mapping[str, Captured]) -> None:
-    writing.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in writing.parent.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    writing.mkdir()
-    for side, part in captured.items():
-        canonical.create(writing / f"{side}.safetensors", part.tensors)
-
-
-def _write_share(writing: Path, captured: Mapping[str, Captured], pools: ImagePools) -> None:
-    for side, part in captured.items():
-        canonical.write_pieces(writing / f"{side}.safetensors", part.tensors, part.pieces)
-    if pools.size:
-        path = writing / f"pool_rank_{rank_and_world()[0]:04d}.safetensors"
-        path.write_bytes(safetensors.torch.save(pools.state()))
-        _flush(path)
-
-
-def _publish(writing: Path, target: Path, state: State, captured: Mapping[str, Captured]) -> None:
-    document = state._asdict() | {"optimizer": {side: part.scalars for side, part in captured.items()}}
-    _write_text(writing / "state.json", json.dumps(document, indent=1))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())}
-    _write_text(writing / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
-    _flush(writing)
-    replaced = target.with_name(f".writing-replaced-{target.name}")
-    if target.exists():  # it did not verify, or training would have gone on from it
-        os.rename(target, replaced)
-    try:
-        os.rename(writing, target)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, target)
-        raise
-    try:
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _name_latest(target: Path) -> None:
-    """Write the name of the newest checkpoint for people and scripts; nothing here reads it to decide anything."""
-    temporary = target.with_name(".latest")
-    try:
-        _write_text(temporary, target.name + "\n")
-        os.replace(temporary, target.with_name("latest"))
-    except OSError as error:
-        _log.warning("%s does not name %s: %s.", target.with_name("latest"), target.name, error.strerror or error)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _prune(written: Path, keep: int) -> None:
-    """Remove what is older than `written` beyond the newest `keep`.
-
-    What is newer stays: it did not verify, or training was told to go on from an older one. Counted among those to
-    keep, it would push out the ones that are good.
-    """
-    for old in [path for path in _newest_first(written.parent) if path.name <= written.name][keep:]:
-        gone = old.with_name(f".writing-removed-{old.name}")
-        with contextlib.suppress(OSError):  # a leftover costs disk space; it must not cost the run
-            os.rename(old, gone)
-            shutil.rmtree(gone)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def pool_name(rank: int) -> str:
+    """Return the name of the file with a rank's image pool."""
+    return f"pool_rank_{rank:04d}.safetensors"
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
@@ -219,7 +91,7 @@ def _sha256(path: Path) -> str:
 def newest_verified(directory: Path) -> tuple[Path | None, list[Skipped]]:
     """Return the newest checkpoint of a run that verifies, and those newer ones that do not."""
     skipped = []
-    for path in _newest_first(directory):
+    for path in newest_first(directory):
         try:
             verify(path)
         except CheckpointError as error:
@@ -229,8 +101,8 @@ def newest_verified(directory: Path) -> tuple[Path | None, list[Skipped]]:
     return None, skipped
 
 
-def _newest_first(directory: Path) -> list[Path]:
-    """Return the checkpoints in `directory`; what people have copied under names of their own is left alone."""
+def newest_first(directory: Path) -> list[Path]:
+    """Return the checkpoints in `directory`, verified or not, without what people have copied under other names."""
     found = directory.glob("images_*") if directory.is_dir() else ()
     ours = [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(ours, key=lambda path: path.name, reverse=True)
@@ -260,24 +132,41 @@ def find(path: Path) -> Path:
 
 
 def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
+    """Check every file of a checkpoint against its manifest, and that each is of its kind.
 
     Raises:
-        CheckpointError: A file is missing, has another size, or other content; or the format is another.
+        CheckpointError: A file is missing, has another size, or other content; one is there that is no part of a
+            checkpoint or is not in the format that it should be; or the checkpoint's format is another.
     """
     manifest = _read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"its format is {manifest.get('format')!r}, and this version reads format {FORMAT}")
+    _check_format(path, manifest)
     files = manifest.get("files")
-    if not isinstance(files, dict) or "state.json" not in files:
-        raise CheckpointError("manifest.json does not list its files")
+    if not isinstance(files, dict) or not files.keys() >= set(_NEEDED):
+        raise CheckpointError(f"manifest.json does not list its files: {', '.join(_NEEDED)}")
     for name, expected in files.items():
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"manifest.json lists {name!r}, which is no file of a checkpoint")
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
             raise CheckpointError(f"manifest.json does not list the size and sha256 of {name}")
         try:
             _verify_file(path / name, expected)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
+    read_state(path)
+
+
+def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
+    number = manifest.get("format")
+    if type(number) is int and 1 <= number <= FORMAT:
+        return
+    try:
+        writer = f", written by version {_read_json(path / 'state.json')['written_by']}"
+    except (CheckpointError, KeyError):
+        writer = ""
+    raise CheckpointError(
+        f"its format is {number!r}{writer}, and this version, {__version__}, reads formats 1 to {FORMAT}; go on with "
+        "the version that wrote it or a newer one, or from an older checkpoint"
+    )
 
 
 def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
@@ -286,8 +175,23 @@ def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
     size = file.stat().st_size
     if size != expected["bytes"]:
         raise CheckpointError(f"{file.name} has {size} bytes, and had {expected['bytes']} when it was written")
-    if _sha256(file) != expected["sha256"]:
+    if sha256(file) != expected["sha256"]:
         raise CheckpointError(f"{file.name} has changed since it was written (its sha256 differs)")
+    if file.suffix == ".safetensors":  # a good sum says who wrote the file, not that it is safe to read
+        try:
+            with safetensors.safe_open(file, "numpy"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{file.name} is no safetensors file, and is not read: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """Return the sum of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -310,15 +214,38 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_state(path: Path) -> State:
-    """Return the state of a checkpoint that `verify` accepts."""
+def _from_1(document: dict[str, Any]) -> dict[str, Any]:
+    return document | {"scores": {}}
+
+
+# Format -> what makes the state.json of the next one out of it.
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """Return state.json as this version's format has it."""
     document = _read_json(path / "state.json")
+    for number in range(_read_json(path / "manifest.json")["format"], FORMAT):
+        document = _MIGRATIONS[number](document)
+    missing = [key for key in (*State._fields, "optimizer") if key not in document]
+    if missing:
+        raise CheckpointError(f"state.json does not say {', '.join(missing)}")
+    return document
+
+
+def read_state(path: Path) -> State:
+    """Return the state of a checkpoint that `verify` accepts.
+
+    Raises:
+        CheckpointError: It does not hold what it should.
+    """
+    document = _read_document(path)
     return State(**{field: document[field] for field in State._fields})
 
 
 def side_file(path: Path, side: str) -> CanonicalFile:
     """Open one side of a checkpoint for reading."""
-    numbers: dict[str, float] = _read_json(path / "state.json")["optimizer"][side]
+    numbers: dict[str, float] = _read_document(path)["optimizer"][side]
     return CanonicalFile(path / f"{side}.safetensors", numbers)
 
 
@@ -336,17 +263,14 @@ def restore(path: Path, sides: Sides, ema: Ema, pools: ImagePools, device: torch
         engine_state.restore(sides[side], source)
         if side == "generator":
             ema.restore(source)
-    state = read_state(path)
-    if pools.size and state.world == world:
-        pools.restore(safetensors.torch.load_file(path / f"pool_rank_{rank:04d}.safetensors"), device)
+    state, pool = read_state(path), path / pool_name(rank)
+    if pools.size and state.world == world and pool.is_file():
+        pools.restore(safetensors.torch.load_file(pool), device)
     elif pools.size:
         pools.restore({}, device)
         if rank == 0:
-            _log.warning(
-                "The checkpoint was written by %d ranks and there are %d now: the image pools start empty.",
-                state.world,
-                world,
-            )
+            reason = f"by {state.world} ranks and there are {world} now" if state.world != world else "without them"
+            _log.warning("The checkpoint was written %s: the image pools start empty.", reason)
     barrier()
     return state
 

@@ -99,8 +99,19 @@ class OutputConfig(Section):
     sample_images: Annotated[int, Field(ge=1, le=32)] = 6  # pictures of each domain in a sample grid
     sample_styles: Annotated[int, Field(ge=1, le=16)] = 4  # translations of each, where a method has many for a picture
     checkpoint_every_images: Positive = 5_000
-    keep_checkpoints: Positive = 3
+    keep_checkpoints: Positive = 3  # so many of the newest; besides,
+    keep_every_images: Positive | None = None  # the first at or after each multiple of this; null keeps none for that
+    keep_best: str | None = None  # the one with the lowest mean of this loss or gauge of stats.jsonl; null: none
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = 9410  # Prometheus on 127.0.0.1; null switches it off
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> OutputConfig:
+        if self.keep_best is not None and self.log_every_images > self.checkpoint_every_images:
+            raise ValueError(
+                f"keep_best compares what is logged between checkpoints, but log_every_images {self.log_every_images} "
+                f"is larger than checkpoint_every_images {self.checkpoint_every_images}; lower it"
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from i2i_dist import checkpoint, engine_state
+from i2i_dist import checkpoint, engine_state, saver
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
 from i2i_dist.method import SIDES, Labelled, Method
@@ -27,6 +27,7 @@ from i2i_dist.official.matchgan import label_keys
 from i2i_dist.official.names import Idle, Names, Network, TensorsByName, names
 from i2i_dist.official.networks import FORMS, MULTIPLES, NETWORKS
 from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
 
 _COUNT = torch.empty((), dtype=torch.int64, device="meta")  # a batch norm's count of batches
 
@@ -109,12 +110,12 @@ def from_official(
         "directions": [networks[key].direction for key in matches if networks[key].direction],
         "counts": {key: match.counts for key, match in matches.items() if match.counts},
     }
-    state = State(0, 0, 1, {"method": config.model_dump(mode="json"), "converted": section}, {})
+    state = State(0, 0, 1, {"method": config.model_dump(mode="json"), "converted": section}, {}, {})
     captured = {str(side): engine_state.capture_module(getattr(method, side)) for side in SIDES}
     with _new_directory(target) as run:
-        reason = checkpoint.write(run / "checkpoints", state, captured, ImagePools((), 0, 0), keep=1)
-        if reason:
-            raise CheckpointError(f"{target} cannot be written: {reason}")
+        failure = saver.write(run / "checkpoints", state, captured, ImagePools((), 0, 0), Keep(1))
+        if failure:
+            raise CheckpointError(f"{target} cannot be written: {failure.reason}")
     notes = list(_notes(name, config, matches))
     if isinstance(method, Labelled):
         notes.append(f"the files do not name the attributes of labels; taken to be {method.label_space}")

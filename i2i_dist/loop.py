@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
-from i2i_dist import checkpoint, engine_state, stacks
+from i2i_dist import checkpoint, saver, stacks
 from i2i_dist.assembly import Run
 from i2i_dist.data.batch import Batch, LabelledBatch, to_device
 from i2i_dist.data.reader import micro_batches
 from i2i_dist.distributed import any_rank
+from i2i_dist.engine_state import Captured
 from i2i_dist.exit_codes import DONE, STOPPED
-from i2i_dist.method import SIDES
+from i2i_dist.plan import kept
 from i2i_dist.reporter import Reporter
+from i2i_dist.retention import Scores
+from i2i_dist.saver import Outcome, Saver
 from i2i_dist.step import Step, update
 from i2i_dist.stopping import StopRequest
 
@@ -50,45 +54,89 @@ def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch | LabelledBatc
         yield [to_device(host, run.device) for host in part]
 
 
-def _finite(run: Run) -> bool:
+class _Checkpoints:
+    """The run's checkpoints: begun between two updates, written beside those that follow; what is said of each."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        self._run, self._reporter = run, reporter
+        self._directory = run.settings.directory / "checkpoints"
+        self._saver = Saver(self._directory, kept(run.settings.config), run.device)
+        self._scores = Scores()
+        self.newest = run.start.images_seen if run.start.updates else None  # images seen of it
+
+    def write_log(self) -> None:
+        """Write a record, from which the next checkpoint's scores are made. Collective."""
+        record = self._reporter.write()
+        self._scores.note(record.losses | record.gauges, len(record.update_seconds))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a checkpoint can be begun: one is written at a time."""
+        return not self._saver.busy
+
+    def begin(self, images_seen: int, updates: int) -> None:
+        """Begin a checkpoint. Collective.
+
+        Raises:
+            TrainingError: A weight is not finite, which no later update mends.
+        """
+        begun, run = time.monotonic(), self._run
+        captured = saver.capture(run.sides, run.ema)
+        if not _finite(captured, run.device):
+            raise TrainingError(
+                f"a weight, average or moment of the optimizer is not finite at image {images_seen}, and no checkpoint "
+                f"of it is kept: {_ADVICE.format(run.settings.directory)}"
+            )
+        state = run.start._replace(images_seen=images_seen, updates=updates, scores=self._scores.take())
+        self._saver.begin(state, captured, run.pools, begun)
+
+    def stop_asked(self, stop: StopRequest) -> bool:
+        """Exchange the flags of an update: move a checkpoint on, say whether any rank is asked to stop. Collective."""
+        asked, *flags = any_rank(torch.tensor([stop.asked, *self._saver.flags], device=self._run.device))
+        self._tell(self._saver.advance(*flags))
+        return asked
+
+    def finish(self) -> str | None:
+        """Wait for the checkpoint under way; return why it is not on the disk, or None. Collective."""
+        outcome = self._saver.finish()
+        self._tell(outcome)
+        return outcome.failure.reason if outcome is not None and outcome.failure is not None else None
+
+    def leave(self) -> None:
+        """Let a checkpoint that all ranks have written be published, where the run ends for an error of one rank."""
+        self._saver.leave()
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        if outcome.failure is None:
+            self.newest = outcome.images_seen
+        metrics = self._reporter.metrics
+        if metrics is None:
+            return
+        if outcome.failure is None:
+            path = self._directory / checkpoint.directory_name(outcome.images_seen)
+            told = "Saved %s. It took %.2f s, and training stood still for %.2f s of them."
+            _log.info(told, path, outcome.seconds, outcome.paused)
+            metrics.checkpoint_saved(outcome.seconds, outcome.paused)
+        else:
+            told = "No checkpoint at image %d: %s. Those before it are kept."
+            _log.error(told, outcome.images_seen, outcome.failure.reason)
+            metrics.checkpoint_failed(outcome.failure.kind, outcome.paused)
+
+
+def _finite(captured: Mapping[str, Captured], device: torch.device) -> bool:
     """Say whether everything that a checkpoint would hold is finite. Collective."""
-    held = [
-        piece.values
-        for side in SIDES
-        for piece in engine_state.capture(
-            run.sides[side], run.ema.averages if side == "generator" else {}
-        ).pieces.values()
-        if piece.values.is_floating_point()
-    ]
-    largest = torch.stack(torch._foreach_norm(held, float("inf"))) if held else torch.zeros(1, device=run.device)
-    return not any_rank((~torch.isfinite(largest)).any().reshape(1))[0]
-
-
-def _save(run: Run, reporter: Reporter, images_seen: int, updates: int) -> str | None:
-    """Write a checkpoint; return None, or why there is none: that is told and counted, and training goes on.
-
-    Raises:
-        TrainingError: A weight is not finite, which no later update mends.
-    """
-    if not _finite(run):
-        raise TrainingError(
-            f"a weight, average or moment of the optimizer is not finite at image {images_seen}, and no checkpoint of "
-            f"it is kept: {_ADVICE.format(run.settings.directory)}"
-        )
-    begun = time.monotonic()
-    directory = run.settings.directory / "checkpoints"
-    state = run.start._replace(images_seen=images_seen, updates=updates)
-    keep = run.settings.config.output.keep_checkpoints
-    reason = checkpoint.save(directory, state, run.sides, run.ema, run.pools, keep)
-    if reporter.metrics is None:
-        return reason
-    if reason is None:
-        _log.info("Saved %s.", directory / checkpoint.directory_name(images_seen))
-        reporter.metrics.checkpoint_saved(time.monotonic() - begun)
-    else:
-        _log.error("No checkpoint at image %d: %s. Those before it are kept.", images_seen, reason)
-        reporter.metrics.checkpoint_failed()
-    return reason
+    held: dict[torch.device, list[Tensor]] = {}  # state that is offloaded lies elsewhere than what computes
+    for part in captured.values():
+        for _, values in part.pieces.values():
+            if values.is_floating_point():
+                held.setdefault(values.device, []).append(values)
+    bad = torch.zeros(1, dtype=torch.bool, device=device)
+    for tensors in held.values():
+        largest = torch.stack(torch._foreach_norm(tensors, float("inf")))
+        bad |= (~torch.isfinite(largest)).any().to(device)
+    return not any_rank(bad)[0]
 
 
 def _sample(run: Run, images_seen: int) -> None:
@@ -130,6 +178,27 @@ def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
     Raises:
         TrainingError: Numbers stay not finite, or the last checkpoint cannot be written.
     """
+    checkpoints = _Checkpoints(run, reporter)
+    try:
+        images_seen, updates = _train(run, stop, reporter, checkpoints)
+        checkpoints.finish()
+        if checkpoints.newest != images_seen:
+            checkpoints.begin(images_seen, updates)
+            if reason := checkpoints.finish():
+                raise TrainingError(
+                    f"the run is at image {images_seen}, but its last checkpoint could not be written ({reason}); mend "
+                    "that and start it again: it goes on from the newest checkpoint before"
+                )
+    except TrainingError:  # the same on all ranks
+        checkpoints.finish()
+        raise
+    finally:
+        checkpoints.leave()
+    return DONE if images_seen >= run.target else STOPPED
+
+
+def _train(run: Run, stop: StopRequest, reporter: Reporter, checkpoints: _Checkpoints) -> tuple[int, int]:
+    """Make updates until the target or until asked to stop; return the images seen, and the number of updates."""
     output, train = run.settings.config.output, run.settings.config.train
     images_seen, updates, bad_in_a_row = run.start.images_seen, run.start.updates, 0
 
@@ -139,30 +208,26 @@ def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
     if not updates:
         _sample(run, images_seen)
     batches = _batches(run, reporter)
-    saved, wanted, stopping = updates > 0, False, False
+    wanted, stopping = False, False
     while images_seen < run.target and not stopping:
         stacks.alive()
         step = _update(run, reporter, batches, images_seen, updates)
-        images_seen, updates, saved = images_seen + train.global_batch, updates + 1, False
+        images_seen, updates = images_seen + train.global_batch, updates + 1
         bad_in_a_row = bad_in_a_row + 1 if step.skipped else 0
         # Weights that have just met a number that is not finite may be ruined: saving and stopping wait until they
         # have passed an update, or a few saves in a row would push out the last good checkpoint.
-        stopping = stop.on_any_rank(run.device) and not bad_in_a_row
+        stopping = checkpoints.stop_asked(stop) and not bad_in_a_row
         if due(output.log_every_images) or stopping:
-            reporter.write()
+            checkpoints.write_log()
         if bad_in_a_row >= train.max_bad_updates:
             raise TrainingError(
                 f"{bad_in_a_row} updates in a row had a loss or gradient that is not finite, which training does not "
                 f"recover from by itself: {_ADVICE.format(run.settings.directory)}"
             )
         wanted = wanted or due(output.checkpoint_every_images)
-        if wanted and not (bad_in_a_row or stopping or images_seen >= run.target):
-            saved, wanted = _save(run, reporter, images_seen, updates) is None, False
+        if wanted and checkpoints.ready and not (bad_in_a_row or stopping or images_seen >= run.target):
+            checkpoints.begin(images_seen, updates)
+            wanted = False
         if due(output.sample_every_images):
             _sample(run, images_seen)
-    if not saved and (reason := _save(run, reporter, images_seen, updates)):
-        raise TrainingError(
-            f"the run is at image {images_seen}, but its last checkpoint could not be written ({reason}); mend that "
-            "and start it again: it goes on from the newest checkpoint before"
-        )
-    return DONE if images_seen >= run.target else STOPPED
+    return images_seen, updates

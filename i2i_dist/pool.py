@@ -54,7 +54,7 @@ class ImagePools:
 
     def state(self) -> dict[str, Tensor]:
         """Return the stored images, one tensor [K, C, H, W] for each field that holds any."""
-        return {field: torch.stack(images).cpu() for field, images in self.images.items() if images}
+        return {field: torch.stack(images) for field, images in self.images.items() if images}
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Take back what `state` returned."""

@@ -18,7 +18,7 @@ from i2i_dist.step import Step
 from i2i_dist.telemetry.console import Meter, progress_line
 from i2i_dist.telemetry.jsonl import StatsLog
 from i2i_dist.telemetry.prometheus import Metrics, serve
-from i2i_dist.telemetry.record import memory_bytes
+from i2i_dist.telemetry.record import UpdateRecord, memory_bytes
 
 _log = logging.getLogger("i2i_dist.reporter")
 
@@ -66,8 +66,8 @@ class Reporter:
                 self._named.add((sample.domain, sample.key))
                 _log.warning("Replaced sample %s of domain %s: %s.", sample.key, sample.domain, sample.reason)
 
-    def write(self) -> None:
-        """Print, append and export what happened since the last time. Collective, for every rank has its share."""
+    def write(self) -> UpdateRecord:
+        """Print, append, export and return what happened since the last time. Collective: every rank has its share."""
         gauges = self._gauged.gauges() if self._gauged is not None else {}
         means = {name: total / updates for name, (total, updates) in sorted(self._losses.items())}
         watched = [gauge.value for gauge in gauges.values()]
@@ -86,6 +86,7 @@ class Reporter:
                 for _ in range(number):
                     self.metrics.bad_sample(domain)
         self._losses, self._bad = {}, dict.fromkeys(self._bad, 0)
+        return record
 
     def _warn(self, gauges: Mapping[str, Gauge], values: Mapping[str, float]) -> None:
         """Tell of gauges that have fallen below their lowest since the last record."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from i2i_dist import config, engines, run_directory, stacks, supervise
+from i2i_dist import config, engines, plan, run_directory, stacks, supervise
 from i2i_dist.agreement import on_every_rank, on_first_rank
-from i2i_dist.assembly import Run, Settings, assemble, check_sizes, plan
+from i2i_dist.assembly import Run, Settings, assemble, check_sizes
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.command_line import parse, resume_command
 from i2i_dist.config import ConfigError
@@ -26,7 +26,7 @@ from i2i_dist.loop import TrainingError, loop
 from i2i_dist.methods import resolve
 from i2i_dist.reporter import Reporter
 from i2i_dist.stopping import StopRequest
-from i2i_dist.telemetry.console import log_path, plan_text, setup_logging
+from i2i_dist.telemetry.console import log_path, setup_logging
 from i2i_dist.telemetry.jsonl import StatsLog
 
 # What collectives say on the ranks that are left when another one has ended, and when one does not answer.
@@ -81,7 +81,7 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
         _log.warning("--deepspeed_config has no effect: the engines are set by the configuration's section 'engine'.")
     run = assemble(settings, ranks, device, options.resume)
     on_first_rank(lambda: _take_over(run))
-    _log.info("%s", plan_text(plan(run)))
+    plan.announce(run)
     reporter = Reporter(run)
     try:
         code = loop(run, stop, reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,29 @@ def test_a_critic_that_differentiates_itself_cannot_be_cut(
     said = capsys.readouterr().err
     assert "engine.discriminator_stage: given 3, allowed with this method is 0, 1 or 2: its gradient penalty" in said
     assert "engine.generator_stage may be 3" in said
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_best_can_be_asked_for_by_what_a_method_logs(name: str) -> None:
+    def asked(best: str) -> Settings:
+        tried = settings({"name": name, **CASES[name].small}, SIZE)
+        output = tried.config.output.model_copy(update={"keep_best": best})
+        return tried._replace(config=tried.config.model_copy(update={"output": output}))
+
+    with pytest.raises(ConfigError, match=r"output\.keep_best: given 'nothing', allowed with this method") as caught:
+        check_sizes(asked("nothing"))
+    logged = str(caught.value).partition(" is one of ")[2].partition(";")[0].split(", ")
+    assert len(logged) > 3 and (name != "opgan" or "attention_spread" in logged)
+    for known in (logged[0], logged[-1]):
+        check_sizes(asked(known))
+
+
+def test_a_name_that_is_nearly_right_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("method: {name: cyclegan}\ndata: {root: nowhere}\noutput: {keep_best: cycle}\n")
+    assert main(["--config", str(path), "--dry-run"]) == 2
+    assert "output.keep_best: given 'cycle', allowed with this method is one of " in (said := capsys.readouterr().err)
+    assert re.search(r"; did you mean 'cycle_\w+'\?\n$", said)
 
 
 def test_pictures_without_labels_that_are_not_used_are_told_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import errno
 import functools
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -25,17 +29,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from i2i_dist import canonical, checkpoint
+from i2i_dist import __version__, canonical, checkpoint, saver
 from i2i_dist.checkpoint import CheckpointError, State, directory_name, newest_verified, verify
 from i2i_dist.engines import Layout
 from i2i_dist.method import SIDES
 from i2i_dist.pool import ImagePools
-from tests.ranks import run_ranks
+from i2i_dist.retention import Keep
+from tests.ranks import ROOT, run_ranks
 
 CONFIG = {"method": {"name": "any", "lr": 2e-4}, "data": {"root": "somewhere"}}
 FILES = [
     "discriminator.safetensors", "generator.safetensors", "manifest.json", "pool_rank_0000.safetensors", "state.json",
 ]  # fmt: skip
+
+
+FILES_OF_THE_PROJECT = [*Path(checkpoint.__file__).parent.rglob("*.py"), *(ROOT / "launchers").glob("*.py")]
+
+
+def torch_bytes(value: Any) -> bytes:
+    torch.save(value, file := io.BytesIO())
+    return file.getvalue()
+
+
+def pickle_0(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=0)
 
 
 class NoAverage:
@@ -83,11 +100,13 @@ def everything(sides: Any, pools: ImagePools) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in found.items()}
 
 
-def save(directory: Path, images_seen: int, keep: int = 3, seed: int | None = None) -> str | None:
+def save(directory: Path, images_seen: int, keep: int = 3, seed: int | None = None, **more: Any) -> str | None:
     """Save a state that follows from `images_seen`, unless it shall be that of another seed."""
     seed = images_seen if seed is None else seed
-    state = State(images_seen, images_seen // 2, 1, CONFIG, {"a": "1", "b": "2"})
-    return checkpoint.save(directory, state, trained(seed), NoAverage(), filled_pools(seed), keep)  # type: ignore
+    state = State(images_seen, images_seen // 2, 1, CONFIG, {"a": "1", "b": "2"}, more.pop("scores", {}))
+    captured = saver.capture(trained(seed), NoAverage())  # type: ignore[arg-type]
+    failure = saver.write(directory, state, captured, filled_pools(seed), Keep(keep, **more))
+    return failure.reason if failure else None
 
 
 def restored(path: Path) -> dict[str, Tensor]:
@@ -146,7 +165,7 @@ def test_what_was_saved_comes_back(good: Path) -> None:
     assert not same(expected(100), expected(999)), "the comparison below would say nothing"
     assert same(restored(good), expected(100))
     state = checkpoint.read_state(good)
-    assert state == State(100, 50, 1, CONFIG, {"a": "1", "b": "2"})
+    assert state == State(100, 50, 1, CONFIG, {"a": "1", "b": "2"}, {})
     assert (good.parent / "latest").read_text().strip() == good.name
     assert sorted(path.name for path in good.iterdir()) == FILES
 
@@ -254,6 +273,12 @@ def test_one_that_did_not_verify_is_replaced(good: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
+def manifest_of(state: Any) -> str:
+    """A manifest that says `state` of the file state.json."""
+    sides = {f"{side}.safetensors": {"bytes": 0, "sha256": ""} for side in SIDES}
+    return json.dumps({"format": 1, "files": {"state.json": state} | sides})
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         verify(path)
@@ -315,18 +340,151 @@ def test_a_missing_manifest_is_named(good: Path) -> None:
         ("\x80", "manifest.json cannot be read"),
         ("[" * 100_000, "manifest.json cannot be read"),
         ("[]", "manifest.json does not hold"),
-        ("{}", "its format is None, and this version reads format 1"),
-        ('{"format": 2, "files": {}}', "its format is 2, and this version reads format 1"),
+        ("{}", "its format is None, written by version "),
+        ('{"format": true, "files": {}}', "its format is True, written by version "),
+        ('{"format": 0, "files": {}}', "its format is 0, written by version "),
+        ('{"format": "2", "files": {}}', "its format is '2', written by version "),
         ('{"format": 1}', "does not list"),
         ('{"format": 1, "files": []}', "does not list"),
         ('{"format": 1, "files": {}}', "does not list"),
-        ('{"format": 1, "files": {"state.json": 3}}', "does not list"),
-        ('{"format": 1, "files": {"state.json": {"bytes": 3}}}', "does not list"),
+        ('{"format": 1, "files": {"state.json": 3}}', "does not list its files: state.json, generator.safetensors, "),
+        (manifest_of(3), "does not list the size and sha256 of state.json"),
+        (manifest_of({"bytes": 3}), "does not list the size and sha256 of state.json"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(good: Path, text: str, reason: str) -> None:
     (good / "manifest.json").write_bytes(text.encode("latin-1"))
     assert reason in refusal(good)
+
+
+# ------------------------------------------------------------------------------------------------------ other formats
+
+
+def seal(path: Path, number: int = checkpoint.FORMAT) -> None:
+    """Write a manifest by hand, with the right size and sum of all that lies there now."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in path.iterdir()
+        if file.name != "manifest.json"
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": number, "files": files}))
+
+
+def test_a_checkpoint_of_format_1_is_read(good: Path) -> None:
+    """As version 1 wrote it: state.json without scores, and without the program's version."""
+    document = json.loads((good / "state.json").read_text())
+    old = {key: document[key] for key in ("images_seen", "updates", "world", "config", "dataset", "optimizer")}
+    assert document.keys() - old.keys() == {"scores", "written_by"}
+    (good / "state.json").write_text(json.dumps(old, indent=1))
+    seal(good, 1)
+    before = {file.name: file.read_bytes() for file in good.iterdir()}
+    assert checkpoint.find(good.parent) == good
+    assert checkpoint.read_state(good) == State(100, 50, 1, CONFIG, {"a": "1", "b": "2"}, {})
+    assert same(restored(good), expected(100))
+    assert {file.name: file.read_bytes() for file in good.iterdir()} == before
+    assert save(good.parent, 200, keep=1, best="loss") is None, "beside it, with a measure that it does not have"
+    assert visible(good.parent) == [200]
+
+
+def test_every_format_before_this_one_has_its_migration() -> None:
+    assert list(checkpoint._MIGRATIONS) == list(range(1, checkpoint.FORMAT))
+
+
+def test_a_checkpoint_of_a_later_format_says_who_wrote_it(good: Path) -> None:
+    document = json.loads((good / "state.json").read_text()) | {"written_by": "7.5.1", "unheard": "of"}
+    (good / "state.json").write_text(json.dumps(document))
+    seal(good, 3)
+    assert refusal(good) == (
+        f"its format is 3, written by version 7.5.1, and this version, {__version__}, reads formats 1 to 2; go on with "
+        "the version that wrote it or a newer one, or from an older checkpoint"
+    )
+
+
+@pytest.mark.parametrize("key", ["images_seen", "config", "scores", "optimizer"])
+def test_a_state_that_lacks_something_is_refused(good: Path, key: str) -> None:
+    document = json.loads((good / "state.json").read_text())
+    del document[key]
+    (good / "state.json").write_text(json.dumps(document))
+    seal(good)
+    assert refusal(good) == f"state.json does not say {key}"
+
+
+# -------------------------------------------------------------------------------------------------------------- pickles
+
+
+class Canary:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return pathlib.Path.touch, (self.file,)
+
+
+PICKLES: dict[str, Callable[[Any], bytes]] = {"pickle": pickle.dumps, "torch": torch_bytes, "protocol 0": pickle_0}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("generator.safetensors", "generator.safetensors is no safetensors file, and is not read: "),
+        ("pool_rank_0000.safetensors", "pool_rank_0000.safetensors is no safetensors file, and is not read: "),
+        ("state.json", "state.json cannot be read: "),
+        ("extra.pkl", "manifest.json lists 'extra.pkl', which is no file of a checkpoint"),
+        ("pool_rank_0001.safetensors", "pool_rank_0001.safetensors is no safetensors file, and is not read: "),
+    ],
+)
+def test_a_pickle_under_a_good_manifest_is_never_read(
+    good: Path, tmp_path: Path, kind: str, name: str, words: str
+) -> None:
+    content = PICKLES[kind](Canary(tmp_path / "canary"))
+    (good / name).write_bytes(content)
+    seal(good)
+    assert refusal(good).startswith(words)
+    found, skipped = newest_verified(good.parent)
+    assert found is None and skipped[0].reason.startswith(words)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint and no run directory with one that verifies"):
+        checkpoint.find(good.parent)
+    for read in (checkpoint.read_state, lambda path: checkpoint.side_file(path, "generator"), restored):
+        with contextlib.suppress(Exception):  # nobody reads what does not verify; but if
+            read(good)
+    assert not (tmp_path / "canary").exists()
+    assert save(good.parent, 50) is None
+    assert newest_verified(good.parent)[0] == good.with_name(directory_name(50)), "an older one takes its place"
+    torch.load(io.BytesIO(content), weights_only=False) if kind == "torch" else pickle.loads(content)
+    assert (tmp_path / "canary").exists(), "the canary would have sung"
+
+
+def test_a_manifest_leads_nowhere_else(good: Path) -> None:
+    manifest = json.loads((good / "manifest.json").read_text())
+    for name in ("../elsewhere.safetensors", "/etc/hostname", "state.json/../state.json", "generator.safetensors\n"):
+        (good / "manifest.json").write_text(json.dumps(manifest | {"files": manifest["files"] | {name: {}}}))
+        assert "is no file of a checkpoint" in refusal(good)
+
+
+def test_nothing_here_can_read_a_pickle() -> None:
+    """By the syntax trees: `torch.load` only with `weights_only=True`, and of `pickle` only the name of an error."""
+    forbidden = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open"}
+    loads = 0
+    for file in FILES_OF_THE_PROJECT:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in ("pickle", "marshal", "shelve", "dill", "joblib"), file
+            if not isinstance(node, ast.Call):
+                continue
+            called, named = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert called not in forbidden, f"{file}: {called}"
+            if called == "torch.load":
+                loads += 1
+                assert named.get("weights_only") == "True", f"{file}: torch.load without weights_only=True"
+            if called in ("np.load", "numpy.load"):
+                assert named.get("allow_pickle", "False") == "False", file
+    assert loads == 1, "the official code's files"
+
+
+# ----------------------------------------------------------------------------------------------------------- the newest
 
 
 def test_a_file_that_cannot_be_read_is_passed_over(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,8 +495,8 @@ def test_a_file_that_cannot_be_read_is_passed_over(good: Path, monkeypatch: pyte
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return digest(path)
 
-    digest = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    digest = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", broken)
     found, skipped = newest_verified(good.parent)
     assert found == good
     assert "Input/output error" in skipped[0].reason

@@ -1,7 +1,7 @@
 """What is saved at one ZeRO stage and world size is restored at any other byte for byte, and training goes on the same.
 
-Two launches, of one rank and of two, run side by side: each trains and saves at every stage, waits until the other has
-too, restores all that both have saved at every stage of its own, saves again, and trains on.
+Three launches, of one rank, of two and of four, run side by side: each trains and saves at every stage, waits until the
+others have too, restores what they have saved at stages of its own, saves again, and trains on.
 """
 
 from __future__ import annotations
@@ -25,32 +25,45 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from i2i_dist import saver
 from i2i_dist.checkpoint import directory_name, newest_verified, verify
-from i2i_dist.distributed import barrier, gather_texts, rank_and_world
+from i2i_dist.distributed import any_rank, barrier, gather_texts, rank_and_world
 from i2i_dist.engines import Precision
 from i2i_dist.method import SIDES
+from i2i_dist.retention import Keep
+from i2i_dist.saver import Saver
 from tests.methods.cases.common import GLOBAL_BATCH
 from tests.ranks import run_ranks
 from tests.trainer import CPU, Trainer, differing
 from tests.updates import small_method
 
+PATIENCE = 700.0  # seconds; quiet it is a tenth of that
+pytestmark = pytest.mark.timeout(800)
+
 # The pools of two ranks are full after four updates and exchange in the fifth, so what they hold matters from there on;
 # pools that start empty are not full within two updates, on one rank either, so there the number of ranks changes
 # nothing.
 POOL, BEFORE, AFTER = 8, 5, 2
-STAGES, WORLDS = range(4), (1, 2)
-CASES = list(itertools.product(WORLDS, STAGES, WORLDS, STAGES))
+STAGES, WORLDS = range(4), (1, 2, 4)
+# On one and two ranks from any stage to any other; of those with four ranks, each stage to another one each time.
+CASES = list(itertools.product((1, 2), STAGES, (1, 2), STAGES))
+MOVES = ((4, 2), (4, 1), (2, 4), (1, 4))
+CASES += [(world, stage, now, (stage + move) % 4) for move, (world, now) in enumerate(MOVES) for stage in STAGES]
+# Ranks and stage of one leg after the other, of an update each: the rounding of sums over other ranks grows with them.
+CHAIN = ((4, 3), (2, 1), (1, 2), (4, 0))
 
 
 class Counting(Trainer):
     """A small CycleGAN with a counter among the generator's buffers."""
 
-    def __init__(self, stage: int, seed: int, precision: Precision = "fp32", half_life: int = 10) -> None:
+    def __init__(
+        self, stage: int, seed: int, precision: Precision = "fp32", half_life: int = 10, pool: int = POOL
+    ) -> None:
         method = small_method("cyclegan", seed, width=3, critic_width=3, lr=2e-3)
         method.generator.register_buffer("passes", torch.tensor(1000 * seed))  # int64, no dimension
         method.generator.register_buffer("seen", torch.full((2, 3), float(seed)))
         method.generator.register_forward_pre_hook(self.count)
-        super().__init__(method, stage, POOL, precision, half_life)
+        super().__init__(method, stage, pool, precision, half_life)
 
     @staticmethod
     def count(module: nn.Module, _: Any) -> None:
@@ -132,7 +145,7 @@ def distance(one: Path, other: Path) -> float:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not path.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"the other launch has not written {path}")
@@ -161,14 +174,64 @@ def matrix(directory: str) -> dict[Any, Any]:
     for world in WORLDS:
         wait_for(root / f"sources_{world}")
     results: dict[Any, Any] = {}
-    for world, stage, stage_now in itertools.product(WORLDS, STAGES, STAGES):
-        results[world, stage, world_now, stage_now] = restore_and_go_on(root, world, stage, stage_now, warnings)
+    for world, stage, now, stage_now in CASES:
+        if now == world_now:
+            results[world, stage, now, stage_now] = restore_and_go_on(root, world, stage, stage_now, warnings)
+    chain(root)
     if world_now == 2:
+        results["beside"] = beside(root / "beside")
         results["bf16"] = bf16(root / "bf16")
         results["no average"] = average_switched_on(root)
         results["before the first update"] = before_the_first_update(root / "first")
         results["faults"] = faults(root / "faults")
     return results
+
+
+def chain(root: Path) -> None:
+    """Go from one number of ranks and stage to the next, and on one rank the whole way without a stop."""
+    rank, world_now = rank_and_world()
+    for leg, (world, stage) in enumerate(CHAIN):
+        if world == world_now:
+            trainer = Counting(stage, seed=7 if leg else 0, pool=0)
+            if leg:
+                wait_for(root / f"leg_{leg - 1}")
+                trainer.restore(root / "chain" / directory_name(leg * GLOBAL_BATCH))
+            trainer.train(leg, leg + 1)
+            assert trainer.save(root / "chain", leg + 1) is None
+            if rank == 0:
+                (root / f"leg_{leg}").touch()
+    if world_now == 1:
+        trainer = Counting(0, seed=0, pool=0)
+        trainer.train(0, len(CHAIN))
+        assert trainer.save(root / "without_a_stop", len(CHAIN)) is None
+
+
+def beside(directory: Path) -> dict[str, Any]:
+    """Write while training goes on, with the second rank's disk so slow that three updates pass."""
+    (rank, _), trainer, steps = rank_and_world(), Counting(1, seed=0), 6
+    trainer.train(0, BEFORE)
+    assert trainer.save(directory / "waiting", BEFORE) is None
+    mine, go, real = Saver(directory / "beside", Keep(9), CPU), threading.Event(), os.pwrite
+    if rank == 1:
+        os.pwrite = lambda *arguments: real(*arguments) if go.wait(PATIENCE) else 0
+    mine.begin(trainer.state(BEFORE), saver.capture(trainer.sides, trainer.ema), trainer.pools, time.monotonic())
+    meanwhile = []
+    for step in range(BEFORE, BEFORE + steps):
+        trainer.train(step, step + 1)
+        if step == BEFORE + 3:
+            go.set()
+        mine.advance(*any_rank(torch.tensor(mine.flags)))
+        meanwhile.append((mine.busy, newest_verified(directory / "beside")[0] is not None))
+    outcome = mine.finish()
+    os.pwrite = real
+    path = directory / "beside" / BEFORE_NAME
+    verify(path)
+    return {
+        "meanwhile": meanwhile[:3],
+        "failure": outcome and outcome.failure,
+        "files differ": differing(path, directory / "waiting" / BEFORE_NAME),
+        "numbers": numbers(path) == numbers(directory / "waiting" / BEFORE_NAME),
+    }
 
 
 def bf16(directory: Path) -> dict[str, Any]:
@@ -230,7 +293,7 @@ def before_the_first_update(directory: Path) -> list[str]:
 
 FAULTS: list[tuple[int, Any, str, int]] = [  # rank that meets it, function, which call of it
     (0, Path, "mkdir", 0), (0, Path, "open", 0), (0, os, "pwrite", 0), (1, os, "pwrite", 0), (1, os, "pwrite", 9),
-    (1, os, "fsync", 1), (1, Path, "write_bytes", 0), (0, os, "fsync", 0), (0, os, "fsync", 3), (0, os, "rename", 0),
+    (1, os, "fsync", 1), (1, Path, "open", 0), (0, os, "fsync", 0), (0, os, "fsync", 3), (0, os, "rename", 0),
 ]  # fmt: skip
 
 
@@ -294,7 +357,8 @@ def results(root: Path) -> dict[Any, Any]:
         logs = root / f"logs_{world}"
         logs.mkdir()
         try:
-            answers[world] = run_ranks(world, "tests.test_checkpoint_ranks:matrix", logs, str(root))[0]
+            function = "tests.test_checkpoint_ranks:matrix"
+            answers[world] = run_ranks(world, function, logs, str(root), timeout=PATIENCE)[0]
         except AssertionError as error:
             answers[world] = error
 
@@ -306,7 +370,7 @@ def results(root: Path) -> dict[Any, Any]:
     for answer in answers.values():
         if isinstance(answer, AssertionError):
             raise answer
-    return answers[1] | answers[2]
+    return answers[1] | answers[2] | answers[4]
 
 
 @pytest.mark.parametrize(("world", "stage", "world_now", "stage_now"), CASES)
@@ -328,6 +392,22 @@ def test_restored_anywhere_it_is_the_same(
             f"The checkpoint was written by {world} ranks and there are {world_now} now: the image pools start empty."
         ]
     assert case["distance"] <= 1e-6
+
+
+def test_from_four_ranks_to_two_to_one_and_back(results: dict[Any, Any], root: Path) -> None:
+    """With training in between, at another stage each time, it comes out where one rank does that never stopped."""
+    steps = len(CHAIN)
+    ended, whole = (root / name / directory_name(steps * GLOBAL_BATCH) for name in ("chain", "without_a_stop"))
+    assert numbers(ended) == numbers(whole)
+    assert distance(ended, whole) <= 1e-6
+    assert distance(root / "chain" / directory_name((steps - 1) * GLOBAL_BATCH), whole) > 1e-3
+
+
+def test_training_goes_on_while_a_slow_rank_writes(results: dict[Any, Any]) -> None:
+    found = results["beside"]
+    assert found["meanwhile"] == [(True, False)] * 3  # under way, and nothing published
+    assert found["failure"] is None
+    assert found["files differ"] == [] and found["numbers"]
 
 
 def test_the_runs_above_could_have_told(results: dict[Any, Any], root: Path) -> None:

@@ -72,6 +72,11 @@ def test_what_is_written_arrives(tmp_path: Path) -> None:
         ("engine: {gradient_clipping: .inf}", "engine.gradient_clipping: given inf, allowed is a finite number"),
         ("engine: {gradient_clipping: -1.0}", "engine.gradient_clipping: given -1.0, allowed is"),
         ("output: {metrics_port: 70000}", "output.metrics_port: given 70000, allowed is less than or equal to 65535"),
+        ("output: {keep_every_images: 0}", "output.keep_every_images: given 0, allowed is greater than 0"),
+        (
+            "output: {keep_best: cycle_a, log_every_images: 200, checkpoint_every_images: 100}",
+            "output: keep_best compares what is logged between checkpoints, but log_every_images 200 is larger than",
+        ),
         ("schedule: {constant_epochs: 0, decay_epochs: 0}", "schedule: constant_epochs and decay_epochs are both 0"),
         ("schedule: {decay_step: epoch_ends}", "did you mean 'epoch_end'?"),
         ("train: {seed: 2020-01-01}", "no plain number or text"),

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2i_dist import checkpoint, engine_state, ops
+from i2i_dist import checkpoint, engine_state, ops, saver
 from i2i_dist.checkpoint import CheckpointError, directory_name
 from i2i_dist.config import ConfigError
 from i2i_dist.convert import from_official, main, to_official
@@ -22,6 +22,7 @@ from i2i_dist.methods import METHODS, resolve
 from i2i_dist.official import cyclegan, names
 from i2i_dist.official.networks import NETWORKS
 from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
 from i2i_dist.run_directory import check_same_run
 from i2i_dist.translate import load_method
 from i2i_dist.translate import main as translate
@@ -791,7 +792,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
-    monkeypatch.setattr("i2i_dist.checkpoint._write_text", full)
+    monkeypatch.setattr("i2i_dist.publishing._write_text", full)
     before = sorted(tmp_path.iterdir())
     given = source if way == "from" else tmp_path / "ours"
     assert main([f"--{way}", "cyclegan", str(given), str(tmp_path / "run")]) == 1
@@ -824,9 +825,9 @@ def test_to_refuses_a_form_that_the_official_code_lacks(
     small = {"width": 2, "critic_width": 4} | ({"light": True} if section["name"] == "ugatit" else {})
     method_class, config = resolve(small | section)
     method = method_class(config, torch.Generator().manual_seed(0))
-    state = checkpoint.State(0, 0, 1, {"method": config.model_dump(mode="json")}, {})
+    state = checkpoint.State(0, 0, 1, {"method": config.model_dump(mode="json")}, {}, {})
     captured = {side: engine_state.capture_module(getattr(method, side)) for side in ("generator", "discriminator")}
-    checkpoint.write(tmp_path / "run" / "checkpoints", state, captured, ImagePools((), 0, 0), keep=1)
+    assert saver.write(tmp_path / "run" / "checkpoints", state, captured, ImagePools((), 0, 0), Keep(1)) is None
     assert main(["--to", section["name"], str(tmp_path / "run"), str(tmp_path / "back")]) == 2
     assert words in capfd.readouterr().err and not (tmp_path / "back").exists()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from i2i_dist import checkpoint, demo
+from i2i_dist import demo, saver
 from i2i_dist.checkpoint import State
 from i2i_dist.data.synthetic import hidden_map, write_dataset
 from i2i_dist.distributed import rank_and_world
@@ -20,6 +20,7 @@ from i2i_dist.engines import Layout, SideEngine
 from i2i_dist.method import SIDES
 from i2i_dist.methods import resolve
 from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
 from tests.ranks import ROOT, run_ranks
 
 SECTION = {"name": "cyclegan", "width": 4, "blocks": 1, "critic_width": 4, "pool_size": 0}
@@ -30,9 +31,10 @@ def save_untrained(directory: str) -> None:
     method = method_class(config, torch.Generator().manual_seed(1))
     layout, groups = Layout(1, 1, rank_and_world()[1]), method.parameter_groups()
     sides = {side: SideEngine(getattr(method, side), groups[side], layout, torch.device("cpu")) for side in SIDES}
-    state = State(2, 1, 1, {"method": config.model_dump(mode="json"), "train": {"seed": 0}}, {})
+    state = State(2, 1, 1, {"method": config.model_dump(mode="json"), "train": {"seed": 0}}, {}, {})
     pools = ImagePools((), 0, 0)
-    assert checkpoint.save(Path(directory), state, sides, Ema(sides["generator"], 0), pools, keep=1) is None
+    captured = saver.capture(sides, Ema(sides["generator"], 0))
+    assert saver.write(Path(directory), state, captured, pools, Keep(1)) is None
 
 
 def test_only_what_was_learned_passes(

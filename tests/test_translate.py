@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from i2i_dist import checkpoint, renderings
+from i2i_dist import checkpoint, renderings, saver
 from i2i_dist import translate as translate_module
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
@@ -22,6 +22,7 @@ from i2i_dist.method import SIDES, Direction
 from i2i_dist.methods import resolve
 from i2i_dist.methods.cyclegan import CycleGAN
 from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
 from i2i_dist.translate import load_method, main, translate
 from tests.ranks import run_ranks
 
@@ -41,8 +42,8 @@ def save_checkpoint(directory: str) -> None:
     with torch.no_grad():
         for parameter in method.generator.parameters():
             parameter.add_(0.05)
-    state = State(8, 4, 1, {"method": config.model_dump(mode="json")}, {})
-    assert checkpoint.save(Path(directory), state, sides, ema, ImagePools((), 0, 0), keep=1) is None
+    state = State(8, 4, 1, {"method": config.model_dump(mode="json")}, {}, {})
+    assert saver.write(Path(directory), state, saver.capture(sides, ema), ImagePools((), 0, 0), Keep(1)) is None
     last = {name: value.clone() for name, value in method.generator.state_dict().items()}
     ema.load_into(method.generator)
     torch.save({"last": last, "ema": method.generator.state_dict()}, Path(directory).parent / "expected.pt")

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from i2i_dist import checkpoint
+from i2i_dist import checkpoint, saver
 from i2i_dist.checkpoint import State
 from i2i_dist.distributed import rank_and_world
 from i2i_dist.ema import Ema
 from i2i_dist.engines import Layout, Precision, SideEngine
 from i2i_dist.method import SIDES
 from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
 from i2i_dist.step import Sides, update
 from tests.methods.cases.common import SEED
 from tests.updates import ExactForward, global_batch, in_fp32, micro_batches, stages_of
@@ -53,9 +54,13 @@ class Trainer:
                 )  # fmt: skip
             self.ema.update((step + 1) * self.batch, self.batch)
 
+    def state(self, steps: int) -> State:
+        return State(steps * self.batch, steps, rank_and_world()[1], {"method": {}}, {}, {})
+
     def save(self, directory: Path, steps: int, keep: int = 99) -> str | None:
-        state = State(steps * self.batch, steps, rank_and_world()[1], {"method": {}}, {})
-        return checkpoint.save(directory, state, self.sides, self.ema, self.pools, keep)
+        captured = saver.capture(self.sides, self.ema)
+        failure = saver.write(directory, self.state(steps), captured, self.pools, Keep(keep))
+        return failure.reason if failure else None
 
     def restore(self, path: Path) -> State:
         return checkpoint.restore(path, self.sides, self.ema, self.pools, CPU)

@@ -35,6 +35,9 @@ class Plan:
         precision: "fp32" or "bf16".
         zero_stages: ZeRO stage of each side.
         ops_backend: What computes the fused ops, as `ops` names it.
+        checkpoint_bytes: How large a checkpoint will be.
+        checkpoints_at_most: How many will lie on the disk at once.
+        checkpoint_room: Bytes that are free for them.
     """
 
     method: str
@@ -51,6 +54,9 @@ class Plan:
     precision: str
     zero_stages: Mapping[str, int]
     ops_backend: str
+    checkpoint_bytes: int
+    checkpoints_at_most: int
+    checkpoint_room: int
 
     @property
     def global_batch(self) -> int:
@@ -72,6 +78,8 @@ def plan_text(plan: Plan) -> str:
         f" = {plan.global_batch} global",
         "parameters": f"{networks}; {_count(sum(plan.parameters.values()))} in all",
         "length": length,
+        "checkpoints": f"at most {plan.checkpoints_at_most} of {bytes_text(plan.checkpoint_bytes)}: "
+        f"{bytes_text(plan.checkpoints_at_most * plan.checkpoint_bytes)} of {bytes_text(plan.checkpoint_room)} free",
         "run": str(plan.run_directory),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in rows.items())
@@ -98,6 +106,14 @@ def _count(number: int) -> str:
         if number >= bound:
             return f"{number / unit:.1f}{letter}"
     return str(number)
+
+
+def bytes_text(number: int) -> str:
+    """1234567890 -> "1.2 GB"."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if number >= 0.9995 * unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number / 1e3:.1f} kB"
 
 
 def _number(value: float) -> str:

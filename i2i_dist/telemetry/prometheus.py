@@ -25,13 +25,14 @@ from prometheus_client import (
     generate_latest,
 )
 
-from i2i_dist.telemetry.record import UpdateRecord, memory_kind
+from i2i_dist.telemetry.record import CHECKPOINT_FAILURES, UpdateRecord, memory_kind
 
 logger = logging.getLogger(__name__)
 
 SIDES = ("generator", "discriminator")
 
 _UPDATE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_PAUSE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _CHECKPOINT_BUCKETS = (0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 _PORTS_TRIED = 64
@@ -123,12 +124,20 @@ class Metrics:
         )
         self._checkpoint_success.set_to_current_time()
         self._checkpoint_failures = Counter(
-            "i2i_checkpoint_failures_total", "Checkpoints that could not be published.", registry=registry
+            "i2i_checkpoint_failures_total", "Checkpoints that could not be published.", ["reason"], registry=registry
         )
+        for reason in CHECKPOINT_FAILURES:
+            self._checkpoint_failures.labels(reason)
         self._checkpoint_duration = Histogram(
             "i2i_checkpoint_duration_seconds",
-            "Duration of a published checkpoint.",
+            "Duration of a published checkpoint, from its beginning until it was published.",
             buckets=_CHECKPOINT_BUCKETS,
+            registry=registry,
+        )
+        self._checkpoint_pause = Histogram(
+            "i2i_checkpoint_pause_seconds",
+            "How long training stood still for a checkpoint.",
+            buckets=_PAUSE_BUCKETS,
             registry=registry,
         )
 
@@ -158,14 +167,16 @@ class Metrics:
         """Count an update of `side`, "generator" or "discriminator", that was not applied."""
         self._skipped.labels(side).inc()
 
-    def checkpoint_saved(self, seconds: float) -> None:
-        """Count a checkpoint that was published just now and took `seconds`."""
+    def checkpoint_saved(self, seconds: float, paused: float) -> None:
+        """Count a checkpoint that was published just now, took `seconds`, and for `paused` of them held training up."""
         self._checkpoint_duration.observe(seconds)
+        self._checkpoint_pause.observe(paused)
         self._checkpoint_success.set_to_current_time()
 
-    def checkpoint_failed(self) -> None:
-        """Count a checkpoint that could not be published."""
-        self._checkpoint_failures.inc()
+    def checkpoint_failed(self, reason: str, paused: float) -> None:
+        """Count a checkpoint that could not be published, for one of `CHECKPOINT_FAILURES`."""
+        self._checkpoint_failures.labels(reason).inc()
+        self._checkpoint_pause.observe(paused)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+# Why a checkpoint could not be written, as the system names it; "other" is all else.
+CHECKPOINT_FAILURES = ("edquot", "efbig", "eio", "enospc", "erofs", "other")
+
 
 class UpdateRecord(NamedTuple):
     """Statistics of the updates between two log points.

@@ -80,6 +80,9 @@ def test_plan_text() -> None:
         precision="bf16",
         zero_stages={"generator": 2, "discriminator": 1},
         ops_backend="native",
+        checkpoint_bytes=341_250_000,
+        checkpoints_at_most=5,
+        checkpoint_room=2 * 10**12,
     )
     assert plan.global_batch == 128
     assert plan_text(plan).splitlines() == [
@@ -88,6 +91,7 @@ def test_plan_text() -> None:
         "batch       2 micro x 4 accumulation x 16 world = 128 global",
         "parameters  generator_ab 11.4M, critic_a 2.8M; 14.1M in all",
         "length      25.0M images, 195,313 updates; resumes at image 12.8k",
+        "checkpoints at most 5 of 341.2 MB: 1.7 GB of 2.0 TB free",
         "run         runs/horse2zebra",
     ]
 

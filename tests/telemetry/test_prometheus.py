@@ -79,8 +79,8 @@ def test_scrape_equals_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> Non
     for domain in "AAB":
         metrics.bad_sample(domain)
     metrics.skipped("generator")
-    metrics.checkpoint_saved(7.0)
-    metrics.checkpoint_failed()
+    metrics.checkpoint_saved(7.0, paused=0.25)
+    metrics.checkpoint_failed("enospc", paused=0.5)
     found = samples(ask(server.port)[1])
     server.close()
     expected = {
@@ -103,7 +103,10 @@ def test_scrape_equals_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> Non
         "i2i_train_skipped_updates_total{side=generator}": 1,
         "i2i_train_skipped_updates_total{side=discriminator}": 0,
         "i2i_checkpoint_duration_seconds_sum": 7.0,
-        "i2i_checkpoint_failures_total": 1,
+        "i2i_checkpoint_duration_seconds_count": 1,
+        "i2i_checkpoint_pause_seconds_sum": 0.75,
+        "i2i_checkpoint_failures_total{reason=enospc}": 1,
+        "i2i_checkpoint_failures_total{reason=other}": 0,
     }
     assert {name: found[name] for name in expected} == expected
     assert math.isnan(found["i2i_train_loss{name=g}"])
@@ -116,7 +119,7 @@ def test_names_and_help_follow_the_conventions(metrics: Metrics) -> None:
     metrics.update(record(20, {"g": 1.0}))
     page = generate_latest(metrics.registry).decode()
     families = list(text_string_to_metric_families(page))
-    assert len(families) == 18
+    assert len(families) == 19
     for family in families:
         assert family.name.startswith("i2i_")
         assert family.documentation.endswith(".")

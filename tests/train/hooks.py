@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import resource
 import signal
@@ -10,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from i2i_dist import loop, run_directory, stopping
+from i2i_dist import loop, plan, publishing, run_directory, stopping
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
+from i2i_dist.saver import Saver
 
 FILE_LIMIT = 40_000  # bytes: less than one side of a checkpoint, more than everything else that a short run writes
 
@@ -20,6 +23,66 @@ FILE_LIMIT = 40_000  # bytes: less than one side of a checkpoint, more than ever
 def files_stay_small() -> None:
     """What a full disk does, to large files only."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+
+
+def little_room() -> None:
+    """A disk on which a thousand bytes are free."""
+    plan.free_bytes = lambda directory: 1000
+
+
+def saves_end_before_the_next_update() -> None:
+    """However busy the disk is; so it is certain at which update the next one is begun."""
+    real = Saver.flags.fget
+    assert real is not None
+
+    def flags(self: Saver) -> tuple[bool, bool]:
+        if self._thread is not None:
+            self._thread.join()
+        return real(self)
+
+    Saver.flags = property(flags)  # type: ignore[method-assign, assignment]
+
+
+def _in_second_share(change: Callable[[Callable[[], None]], None]) -> None:
+    """Have `change` called with what writes this rank's share of the second checkpoint, in place of it."""
+    real, calls = publishing.write_share, itertools.count()
+
+    def write_share(*arguments: Any) -> None:
+        if next(calls) == 1:
+            change(lambda: real(*arguments))
+        else:
+            real(*arguments)
+
+    publishing.write_share = write_share
+
+
+def disk_full_in_second_checkpoint() -> None:
+    """At the tenth piece that is written, others having been."""
+    real = os.pwrite
+
+    def fail(write: Callable[[], None]) -> None:
+        calls = itertools.count()
+
+        def pwrite(*arguments: Any) -> int:
+            if next(calls) == 9:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*arguments)
+
+        os.pwrite = pwrite
+        try:
+            write()
+        finally:
+            os.pwrite = real
+
+    _in_second_share(fail)
+
+
+def dies_with_its_share_of_second_checkpoint() -> None:
+    def die(write: Callable[[], None]) -> None:
+        write()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _in_second_share(die)
 
 
 def nothing_can_be_read() -> None:

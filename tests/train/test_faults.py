@@ -24,14 +24,10 @@ LAST = f"images_{24:012d}"
 EVERY_UPDATE = settings(output__checkpoint_every_images=2, output__keep_checkpoints=2)
 
 
-def names(*images: int) -> list[str]:
-    return [f"images_{number:012d}" for number in images]
-
-
-def assert_good(run: Path, expected: list[str]) -> None:
-    """The checkpoints are these, verify, and hold finite numbers alone."""
-    assert checkpoints(run) == expected
-    for name in expected:
+def assert_good(run: Path, last: int) -> None:
+    """There are checkpoints, none beyond `last` images; they verify, and hold finite numbers alone."""
+    assert checkpoints(run) and checkpoints(run)[-1] <= f"images_{last:012d}"
+    for name in checkpoints(run):
         path = run / "checkpoints" / name
         checkpoint.verify(path)
         for file in path.glob("*.safetensors"):
@@ -50,7 +46,51 @@ def test_a_full_disk_costs_the_checkpoint_and_the_run_may_recover(dclgan: Path, 
     assert run.wait() == 0, run.text
     assert "File too large" in run.text and "Traceback" not in run.text
     assert checkpoints(tmp_path / "run")[-1] == f"images_{80:012d}"
-    assert_good(tmp_path / "run", checkpoints(tmp_path / "run"))
+    assert_good(tmp_path / "run", 80)
+
+
+def test_a_disk_full_on_one_rank_is_counted_by_rank_0_and_forgotten(dclgan: Path, tmp_path: Path) -> None:
+    more = settings(
+        schedule__constant_epochs=400, output__checkpoint_every_images=8, output__keep_checkpoints=500,
+        output__metrics_port=0,
+    )  # fmt: skip
+    words = ["--config", str(dclgan), *more, "--run", str(tmp_path / "run")]
+    ranks = start_ranks(2, words, tmp_path / "log", hooks=["", "disk_full_in_second_checkpoint"])
+    ranks[0].wait_for("rank 1: No space left on device")
+    port = re.search(r"metrics: http://127\.0\.0\.1:(\d+)/metrics", ranks[0].text)
+    assert port
+    deadline = time.monotonic() + 60
+    while (page := scrape(int(port[1])))["i2i_checkpoint_duration_seconds_count"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # one before the failure and one after
+    failures = {name: value for name, value in page.items() if name.startswith("i2i_checkpoint_failures_total")}
+    ranks[0].signal(signal.SIGTERM)
+    codes, (text, other) = finish(ranks)
+    assert codes == [75, 75], text
+    assert {name for name, value in failures.items() if value} == {'i2i_checkpoint_failures_total{reason="enospc"}'}
+    assert sum(failures.values()) == 1
+    assert page["i2i_checkpoint_pause_seconds_count"] == page["i2i_checkpoint_duration_seconds_count"] + 1
+    assert "Traceback" not in text + other and text.count("No checkpoint at image ") == 1
+    failed = re.search(
+        r"No checkpoint at image (\d+): rank 1: No space left on device\. Those before it are kept", text
+    )
+    assert failed and f"images_{int(failed[1]):012d}" not in checkpoints(tmp_path / "run")
+    assert checkpoints(tmp_path / "run")[0] == f"images_{8:012d}"
+    assert_good(tmp_path / "run", 3200)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
+
+
+def test_a_rank_that_dies_before_all_is_written_leaves_the_checkpoint_before(dclgan: Path, tmp_path: Path) -> None:
+    words = ["--config", str(dclgan), "--run", str(tmp_path / "run")]
+    ranks = start_ranks(2, words, tmp_path / "log", hooks=["", "dies_with_its_share_of_second_checkpoint"])
+    codes, (text, _) = finish(ranks)
+    assert codes == [1, -signal.SIGKILL], text
+    assert checkpoints(tmp_path / "run") == [f"images_{8:012d}"]
+    assert list((tmp_path / "run" / "checkpoints").glob(".writing-images_*")), "death came before anything was written"
+    codes, (text, _) = finish(start_ranks(2, words, tmp_path / "resumed_log"))
+    assert codes == [0, 0] and "resumes at image 8" in text
+    assert checkpoints(tmp_path / "run")[-1] == LAST
+    assert_good(tmp_path / "run", 24)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
 
 
 def test_a_run_whose_last_checkpoint_is_not_written_claims_no_success(dclgan: Path, tmp_path: Path) -> None:
@@ -64,7 +104,8 @@ def test_a_run_whose_last_checkpoint_is_not_written_claims_no_success(dclgan: Pa
     assert "at image 24, but its last checkpoint could not be written" in text
     assert "Traceback" not in text + other
     assert "Done" not in text and "Resume" not in text
-    assert_good(tmp_path / "run", names(8))
+    assert checkpoints(tmp_path / "run") == [f"images_{8:012d}"]
+    assert_good(tmp_path / "run", 8)
     assert [row["images_seen"] for row in rows(tmp_path / "run")] == list(range(2, 25, 2))
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
 
@@ -88,7 +129,7 @@ def test_numbers_that_stay_not_finite_end_the_run_with_good_checkpoints(dclgan: 
     assert "train.py: 4 updates in a row had a loss or gradient that is not finite" in text
     assert "Traceback" not in text + other
     assert other == "", "what all ranks know is said once"
-    assert_good(tmp_path / "run", names(8, 10))  # neither written nor pushed out while the numbers were bad
+    assert_good(tmp_path / "run", 10)  # neither written nor pushed out while the numbers were bad
     assert rows(tmp_path / "run")[-1]["images_seen"] == 18
 
 
@@ -104,7 +145,8 @@ def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, t
     )
     assert (run.wait(), fine.wait()) == (0, 0), run.text
     assert run.text.count("is not finite at image") == 4  # two sides, two updates
-    assert_good(tmp_path / "run", names(12, 16, 24))
+    assert checkpoints(tmp_path / "run")[0] == f"images_{12:012d}"  # not at 8
+    assert_good(tmp_path / "run", 24)
 
     one_by_one = [row["losses"] for row in rows(tmp_path / "fine")]
     first, second, *_ = (row["losses"] for row in rows(tmp_path / "run"))
@@ -118,9 +160,10 @@ def test_state_that_is_not_finite_is_never_saved(dclgan: Path, tmp_path: Path) -
     words = ["--config", str(dclgan), *EVERY_UPDATE, "--run", str(tmp_path / "run")]
     run = start(words, tmp_path / "log", hook="infinite_weight_at_update_5")
     assert run.wait() == 1, run.text
-    assert "not finite at image 12, and no checkpoint of it is kept" in run.text
+    found = re.search(r"not finite at image (\d+), and no checkpoint of it is kept", run.text)
+    assert found and int(found[1]) >= 12
     assert "Traceback" not in run.text
-    assert_good(tmp_path / "run", names(8, 10))
+    assert_good(tmp_path / "run", 10)
 
 
 # ------------------------------------------------------------------------------------------------- pictures and metrics

@@ -130,7 +130,8 @@ def test_a_directory_that_cannot_be_made(dclgan: Path, tmp_path: Path) -> None:
 def finished(dclgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three checkpoints; tests copy it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    process = start(["--config", str(dclgan), "--run", str(run)], run.with_name("log"))
+    words = ["--config", str(dclgan), "--run", str(run)]
+    process = start(words, run.with_name("log"), hook="saves_end_before_the_next_update")
     assert process.wait() == 0, process.text
     assert checkpoints(run) == [f"images_{images:012d}" for images in (8, 16, 24)]
     return run
@@ -211,7 +212,8 @@ def test_going_back_to_an_older_checkpoint(dclgan: Path, run: Path, tmp_path: Pa
     assert f"--resume {path}: generator" in refused([*longer(dclgan, run), "--resume", path], tmp_path / "bad", code=1)
 
     words = [*longer(dclgan, run), "--resume", str(run / "checkpoints" / f"images_{8:012d}")]
-    process = start([*words, *settings(output__keep_checkpoints=2)], tmp_path / "log")
+    words += settings(output__keep_checkpoints=2)
+    process = start(words, tmp_path / "log", hook="saves_end_before_the_next_update")
     assert process.wait() == 0, process.text
     assert "resumes at image 8" in process.text
     assert checkpoints(run) == [f"images_{images:012d}" for images in (24, 32)]

@@ -1,0 +1,238 @@
+"""Saving beside training: what a checkpoint holds is copied between two updates, and written while the next ones run.
+
+Training stands still for the copy to host memory alone. Then a thread of each rank writes, and it neither talks to
+other ranks nor calls CUDA: every rank has a few flags that all ranks reduce with those of each update, and what they
+come to moves all ranks on together, from "all shares are written" to "it is published".
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from i2i_dist import engine_state, publishing
+from i2i_dist.checkpoint import State, directory_name
+from i2i_dist.distributed import any_rank, from_first_rank, gather_texts, rank_and_world
+from i2i_dist.ema import Ema
+from i2i_dist.engine_state import Captured, Piece
+from i2i_dist.method import SIDES
+from i2i_dist.pool import ImagePools
+from i2i_dist.retention import Keep
+from i2i_dist.step import Sides
+from i2i_dist.telemetry.record import CHECKPOINT_FAILURES
+
+_POLL_SECONDS = 0.02
+_LEAVING_SECONDS = 20.0  # a disk that hangs must not keep a run from ending
+
+
+class Failure(NamedTuple):
+    """Why a checkpoint is not on the disk: one of `CHECKPOINT_FAILURES`, and which rank met what."""
+
+    kind: str
+    reason: str
+
+
+class Outcome(NamedTuple):
+    """What came of a save.
+
+    Attributes:
+        images_seen: Of the checkpoint.
+        failure: None where it was published.
+        seconds: From its beginning until it was published or given up.
+        paused: For how many of them training stood still.
+    """
+
+    images_seen: int
+    failure: Failure | None
+    seconds: float
+    paused: float
+
+
+class _Save(NamedTuple):
+    state: State
+    sides: dict[str, Captured]  # in host memory
+    writing: Path | None  # None: it could not be made
+    begun: float
+    paused: float
+
+
+def capture(sides: Sides, ema: Ema) -> dict[str, Captured]:
+    """Return this rank's share of both sides, averages with the generator's; nothing is copied."""
+    return {side: engine_state.capture(sides[side], ema.averages if side == "generator" else {}) for side in SIDES}
+
+
+def write(
+    directory: Path, state: State, captured: Mapping[str, Captured], pools: ImagePools, keep: Keep
+) -> Failure | None:
+    """Write a checkpoint of what lies in CPU memory, and wait until it is published. Collective.
+
+    Returns:
+        None, or why it is not on the disk; the checkpoints before are then untouched.
+    """
+    saver = Saver(directory, keep, torch.device("cpu"))
+    saver.begin(state, captured, pools, time.monotonic())
+    outcome = saver.finish()
+    assert outcome is not None
+    return outcome.failure
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. All ranks call its methods alike, between updates."""
+
+    def __init__(self, directory: Path, keep: Keep, device: torch.device) -> None:
+        """Name the directory of the checkpoints, which of them stay, and the device of the ranks' collectives."""
+        self._directory, self._keep, self._device = directory, keep, device
+        self._host: dict[str, Tensor] = {}  # where copies go; kept, since memory is slow the first time
+        self._save: _Save | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False  # all shares are written, or never will be
+        self._error: Exception | None = None  # what this rank has met and not told yet
+        self._ended = 0.0
+        self._failure: Failure | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def flags(self) -> tuple[bool, bool]:
+        """Whether this rank's thread is at work, and whether it has failed: what `advance` takes, once reduced."""
+        working = self._thread is not None and self._thread.is_alive()
+        return working, not working and self._error is not None
+
+    def begin(self, state: State, captured: Mapping[str, Captured], pools: ImagePools, begun: float) -> None:
+        """Copy what a checkpoint holds, and start to write it; training may go on when this returns. Collective.
+
+        Args:
+            state: What the checkpoint says of itself.
+            captured: This rank's share of each side.
+            pools: This rank's image pools.
+            begun: `time.monotonic` when training was stopped for it.
+        """
+        assert self._save is None, "one save at a time"
+        rank, _ = rank_and_world()
+        name = from_first_rank(self._create(state, captured) if rank == 0 else "")
+        writing = self._directory / name if name else None
+        sides, pool = self._copied(captured, pools)
+        if writing is not None:
+            self._start(lambda: publishing.write_share(writing, sides, pool, rank))
+        self._save = _Save(state, sides, writing, begun, time.monotonic() - begun)
+
+    def _create(self, state: State, captured: Mapping[str, Captured]) -> str:
+        name = f".writing-{directory_name(state.images_seen)}-{uuid.uuid4().hex[:8]}"
+        try:
+            publishing.create(self._directory / name, captured)
+        except OSError as error:
+            self._error = error
+            shutil.rmtree(self._directory / name, ignore_errors=True)
+            return ""
+        return name
+
+    def _copied(
+        self, captured: Mapping[str, Captured], pools: ImagePools
+    ) -> tuple[dict[str, Captured], dict[str, Tensor] | None]:
+        sides = {}
+        for side, part in captured.items():
+            pieces = {
+                key: Piece(piece.start, self._copy(f"{side}/{key}", piece.values)) for key, piece in part.pieces.items()
+            }
+            sides[side] = part._replace(pieces=pieces)
+        pool = {field: self._copy(f"pool/{field}", images) for field, images in pools.state().items()}
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return sides, pool if pools.size else None
+
+    def _copy(self, key: str, values: Tensor) -> Tensor:
+        """Copy to host memory; from a GPU it is done when the stream has come as far."""
+        host = self._host.get(key)
+        if host is None or host.shape != values.shape or host.dtype != values.dtype:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._host[key] = host
+        return host.copy_(values.detach(), non_blocking=values.is_cuda)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def attempt() -> None:
+            try:
+                work()
+            except Exception as error:  # a full disk, or a mistake, which the main thread raises
+                self._error = error
+            self._ended = time.monotonic()
+
+        self._thread = threading.Thread(target=attempt, name="i2i-saver", daemon=True)
+        self._thread.start()
+
+    def advance(self, working: bool, failed: bool) -> Outcome | None:
+        """Move the save that is under way on; return what came of it when it is over.
+
+        Args:
+            working: Whether the thread of any rank is at work, by their `flags`.
+            failed: Whether any rank has failed.
+        """
+        save = self._save
+        if save is None or working:
+            return None
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+        failure = _agree_on_failure(self._error) if failed else None
+        self._error = None
+        if not self._closing:
+            self._closing, self._failure = True, failure
+            if rank_and_world()[0] == 0:
+                self._start(lambda: self._close(save, given_up=failure is not None))
+            return None
+        outcome = Outcome(save.state.images_seen, self._failure or failure, self._ended - save.begun, save.paused)
+        self._save, self._thread, self._closing = None, None, False
+        return outcome
+
+    def _close(self, save: _Save, given_up: bool) -> None:
+        """Publish, or remove what was written. On rank 0."""
+        if save.writing is None:
+            return
+        try:
+            if not given_up:
+                target = self._directory / directory_name(save.state.images_seen)
+                publishing.publish(save.writing, target, save.state, save.sides, self._keep)
+        finally:
+            shutil.rmtree(save.writing, ignore_errors=True)
+
+    def finish(self) -> Outcome | None:
+        """Wait until nothing is under way; return what came of it, or None where nothing was. Collective.
+
+        The ranks exchange their flags all along: none waits for a slow disk of another for longer than a moment.
+        """
+        outcome = None
+        while self.busy:
+            if self._thread is not None:
+                self._thread.join(_POLL_SECONDS)
+            outcome = self.advance(*any_rank(torch.tensor(self.flags, device=self._device)))
+        return outcome
+
+    def leave(self) -> None:
+        """Let this rank's thread end, where the run ends for an error and the other ranks may be gone.
+
+        On rank 0 a checkpoint that all ranks have written is published all the same.
+        """
+        if self._thread is not None:
+            self._thread.join(_LEAVING_SECONDS)
+
+
+def _agree_on_failure(error: Exception | None) -> Failure:
+    """Tell all ranks of the first failure of any. Collective."""
+    mine = ["", ""]
+    if isinstance(error, OSError):
+        kind = errno.errorcode.get(error.errno or 0, "").lower()
+        rank, _ = rank_and_world()
+        mine = [kind if kind in CHECKPOINT_FAILURES else "other", f"rank {rank}: {error.strerror or error}"]
+    found = [json.loads(text) for text in gather_texts(json.dumps(mine))]
+    return next(Failure(*one) for one in found if one[0])
