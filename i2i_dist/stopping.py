@@ -27,7 +27,7 @@ class StopRequest:
     """Whether somebody asked the run to stop: signals, and the loss of what has started it, only set a flag."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False  # of this rank alone
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         supervise.register()  # not before, or a signal handed on ended the process
@@ -37,7 +37,7 @@ class StopRequest:
             watch.start()
 
     def _note(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self.asked = True
 
     def _watch(self, top: int, launchers: tuple[int, ...]) -> None:
         """Ask to stop when a process between this one and `top` is gone, or the connection to another machine is."""
@@ -45,11 +45,11 @@ class StopRequest:
         while ancestors_up_to(top) == launchers and not (by_ssh and nobody_reads(1)):
             time.sleep(_LOOK_EVERY)
         _log.warning("The launcher that started this rank is gone: the run saves and ends.")
-        self._asked = True
+        self.asked = True
 
     def on_any_rank(self, device: torch.device) -> bool:
         """Say whether any rank was asked; all ranks get the same answer. Collective."""
-        return any_rank(torch.tensor([float(self._asked)], device=device))[0]
+        return any_rank(torch.tensor([float(self.asked)], device=device))[0]
 
 
 def has_launcher(environment: Mapping[str, str]) -> bool:
