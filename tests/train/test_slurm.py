@@ -45,6 +45,26 @@ def job(words: list[str], directory: Path, log: str) -> Started:
     return launch(["bash", SCRIPT, *words], directory / log, slurm_environment(directory))
 
 
+@pytest.mark.parametrize(("numbers", "requeued"), [([signal.SIGUSR1, signal.SIGUSR1], 1), ([signal.SIGTERM], 0)])
+def test_a_job_is_queued_again_once_when_its_time_is_up_and_never_when_cancelled(
+    tmp_path: Path, numbers: list[signal.Signals], requeued: int
+) -> None:
+    """With a srun that trains nothing."""
+    (tmp_path / "srun").write_text(f"#!/bin/sh\ntouch {tmp_path / 'there'}\nexec sleep 600\n")
+    (tmp_path / "srun").chmod(0o755)
+    environment = slurm_environment(tmp_path)
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    process = launch(["bash", SCRIPT], tmp_path / "console", environment)
+    while not (tmp_path / "there").exists():
+        assert process.poll() is None, process.text
+        time.sleep(0.01)
+    for number in numbers:
+        process.signal(number)
+    assert process.wait() == 75, process.text
+    told = (tmp_path / "slurm").read_text() if (tmp_path / "slurm").exists() else ""
+    assert told == f"scontrol requeue {environment['SLURM_JOB_ID']}\n" * requeued
+
+
 def last_time(text: str, log: str) -> float:
     """When a line of a rank's log last held this, in seconds since 1970."""
     found = [line for line in log.splitlines() if text in line][-1]
