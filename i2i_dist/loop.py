@@ -5,22 +5,20 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from i2i_dist import checkpoint, saver, stacks
 from i2i_dist.assembly import Run
 from i2i_dist.data.batch import Batch, LabelledBatch, to_device
 from i2i_dist.data.reader import micro_batches
 from i2i_dist.distributed import any_rank
-from i2i_dist.engine_state import Captured
 from i2i_dist.exit_codes import DONE, STOPPED
 from i2i_dist.plan import kept
 from i2i_dist.reporter import Reporter
 from i2i_dist.retention import Scores
-from i2i_dist.saver import Outcome, Saver
+from i2i_dist.saver import NOT_FINITE, Outcome, Saver
 from i2i_dist.step import Step, update
 from i2i_dist.stopping import StopRequest
 
@@ -75,29 +73,27 @@ class _Checkpoints:
         return not self._saver.busy
 
     def begin(self, images_seen: int, updates: int) -> None:
-        """Begin a checkpoint. Collective.
-
-        Raises:
-            TrainingError: A weight is not finite, which no later update mends.
-        """
+        """Begin a checkpoint. Collective."""
         begun, run = time.monotonic(), self._run
-        captured = saver.capture(run.sides, run.ema)
-        if not _finite(captured, run.device):
-            raise TrainingError(
-                f"a weight, average or moment of the optimizer is not finite at image {images_seen}, and no checkpoint "
-                f"of it is kept: {_ADVICE.format(run.settings.directory)}"
-            )
         state = run.start._replace(images_seen=images_seen, updates=updates, scores=self._scores.take())
-        self._saver.begin(state, captured, run.pools, begun)
+        self._saver.begin(state, saver.capture(run.sides, run.ema), run.pools, begun)
 
     def stop_asked(self, stop: StopRequest) -> bool:
-        """Exchange the flags of an update: move a checkpoint on, say whether any rank is asked to stop. Collective."""
+        """Exchange the flags of an update: move a checkpoint on, say whether any rank is asked to stop. Collective.
+
+        Raises:
+            TrainingError: In the checkpoint a weight is not finite, which no later update mends.
+        """
         asked, *flags = any_rank(torch.tensor([stop.asked, *self._saver.flags], device=self._run.device))
         self._tell(self._saver.advance(*flags))
         return asked
 
     def finish(self) -> str | None:
-        """Wait for the checkpoint under way; return why it is not on the disk, or None. Collective."""
+        """Wait for the checkpoint under way; return why it is not on the disk, or None. Collective.
+
+        Raises:
+            TrainingError: See `stop_asked`.
+        """
         outcome = self._saver.finish()
         self._tell(outcome)
         return outcome.failure.reason if outcome is not None and outcome.failure is not None else None
@@ -111,6 +107,12 @@ class _Checkpoints:
             return
         if outcome.failure is None:
             self.newest = outcome.images_seen
+        elif outcome.failure.kind == NOT_FINITE:
+            raise TrainingError(
+                f"a weight, average or moment of the optimizer is not finite at image {outcome.images_seen} "
+                f"({outcome.failure.reason}), and no checkpoint of it is kept: "
+                f"{_ADVICE.format(self._run.settings.directory)}"
+            )
         metrics = self._reporter.metrics
         if metrics is None:
             return
@@ -123,20 +125,6 @@ class _Checkpoints:
             told = "No checkpoint at image %d: %s. Those before it are kept."
             _log.error(told, outcome.images_seen, outcome.failure.reason)
             metrics.checkpoint_failed(outcome.failure.kind, outcome.paused)
-
-
-def _finite(captured: Mapping[str, Captured], device: torch.device) -> bool:
-    """Say whether everything that a checkpoint would hold is finite. Collective."""
-    held: dict[torch.device, list[Tensor]] = {}  # state that is offloaded lies elsewhere than what computes
-    for part in captured.values():
-        for _, values in part.pieces.values():
-            if values.is_floating_point():
-                held.setdefault(values.device, []).append(values)
-    bad = torch.zeros(1, dtype=torch.bool, device=device)
-    for tensors in held.values():
-        largest = torch.stack(torch._foreach_norm(tensors, float("inf")))
-        bad |= (~torch.isfinite(largest)).any().to(device)
-    return not any_rank(bad)[0]
 
 
 def _sample(run: Run, images_seen: int) -> None:

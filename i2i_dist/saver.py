@@ -31,12 +31,17 @@ from i2i_dist.retention import Keep
 from i2i_dist.step import Sides
 from i2i_dist.telemetry.record import CHECKPOINT_FAILURES
 
+NOT_FINITE = "not finite"  # a kind of failure that is no disk's
 _POLL_SECONDS = 0.02
 _LEAVING_SECONDS = 20.0  # a disk that hangs must not keep a run from ending
 
 
+class _NotFiniteError(ValueError):
+    """What a checkpoint would hold is not finite."""
+
+
 class Failure(NamedTuple):
-    """Why a checkpoint is not on the disk: one of `CHECKPOINT_FAILURES`, and which rank met what."""
+    """Why a checkpoint is not on the disk: one of `CHECKPOINT_FAILURES` or `NOT_FINITE`, and which rank met what."""
 
     kind: str
     reason: str
@@ -126,7 +131,7 @@ class Saver:
         writing = self._directory / name if name else None
         sides, pool = self._copied(captured, pools)
         if writing is not None:
-            self._start(lambda: publishing.write_share(writing, sides, pool, rank))
+            self._start(lambda: _write_share(writing, sides, pool, rank))
         self._save = _Save(state, sides, writing, begun, time.monotonic() - begun)
 
     def _create(self, state: State, captured: Mapping[str, Captured]) -> str:
@@ -182,7 +187,7 @@ class Saver:
         save = self._save
         if save is None or working:
             return None
-        if self._error is not None and not isinstance(self._error, OSError):
+        if self._error is not None and not isinstance(self._error, (OSError, _NotFiniteError)):
             raise self._error
         failure = _agree_on_failure(self._error) if failed else None
         self._error = None
@@ -227,12 +232,27 @@ class Saver:
             self._thread.join(_LEAVING_SECONDS)
 
 
+def _write_share(writing: Path, sides: Mapping[str, Captured], pool: Mapping[str, Tensor] | None, rank: int) -> None:
+    """Write what is finite. It is looked at here, in the copies: on a CPU that takes longer than to make them."""
+    for side, part in sides.items():
+        for key, (_, values) in part.pieces.items():
+            if values.is_floating_point() and values.numel() and not _finite(values):
+                raise _NotFiniteError(f"{side} {key}")
+    publishing.write_share(writing, sides, pool, rank)
+
+
+def _finite(values: Tensor) -> bool:
+    low, high = torch.aminmax(values)  # of which NaN makes both NaN
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def _agree_on_failure(error: Exception | None) -> Failure:
     """Tell all ranks of the first failure of any. Collective."""
-    mine = ["", ""]
+    (rank, _), mine = rank_and_world(), ["", ""]
     if isinstance(error, OSError):
         kind = errno.errorcode.get(error.errno or 0, "").lower()
-        rank, _ = rank_and_world()
         mine = [kind if kind in CHECKPOINT_FAILURES else "other", f"rank {rank}: {error.strerror or error}"]
+    elif error is not None:
+        mine = [NOT_FINITE, f"rank {rank}: {error}"]
     found = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     return next(Failure(*one) for one in found if one[0])

@@ -16,7 +16,7 @@ import torch
 from i2i_dist import publishing, saver
 from i2i_dist.checkpoint import State, directory_name, newest_verified, verify
 from i2i_dist.retention import Keep
-from i2i_dist.saver import Saver
+from i2i_dist.saver import NOT_FINITE, Failure, Saver
 from tests.test_architecture import imported_modules
 from tests.test_checkpoint import (
     CONFIG,
@@ -142,6 +142,18 @@ def test_a_failure_is_named_and_costs_this_checkpoint_alone(
     outcome = mine.finish()
     assert outcome is not None and outcome.failure is None
     assert visible(tmp_path) == [100, 300]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+    assert save(tmp_path, 100) is None
+    sides, mine = plain_sides(1), new_saver(tmp_path)
+    next(iter(sides["discriminator"].optimizer.state.values()))["exp_avg"].view(-1)[-1] = value
+    begin(mine, 200, sides, filled_pools(1))
+    outcome = mine.finish()
+    assert outcome is not None
+    assert outcome.failure == Failure(NOT_FINITE, "rank 0: discriminator exp_avg/0.weight")
+    assert visible(tmp_path) == [100] and hidden(tmp_path) == []
 
 
 def test_a_mistake_in_the_thread_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

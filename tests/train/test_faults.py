@@ -160,7 +160,8 @@ def test_state_that_is_not_finite_is_never_saved(dclgan: Path, tmp_path: Path) -
     words = ["--config", str(dclgan), *EVERY_UPDATE, "--run", str(tmp_path / "run")]
     run = start(words, tmp_path / "log", hook="infinite_weight_at_update_5")
     assert run.wait() == 1, run.text
-    found = re.search(r"not finite at image (\d+), and no checkpoint of it is kept", run.text)
+    told = r"not finite at image (\d+) \(rank 0: generator exp_avg_sq/\S+\), and no checkpoint of it is kept"
+    found = re.search(told, run.text)
     assert found and int(found[1]) >= 12
     assert "Traceback" not in run.text
     assert_good(tmp_path / "run", 10)
