@@ -121,7 +121,8 @@ def sent(call: Call, world: int) -> float:
 
 
 # Microseconds, of NCCL's tuning model (src/graph/tuning.cc): before anything is sent, and for a step within a machine
-# and between two. "LL" are its small messages, which reach a quarter of the rate; a tree serves all-reduce alone.
+# and between two. "LL" are its small messages, which reach a quarter of the rate; their steps within a machine take 1.8
+# times as long where there are several machines, which is reckoned always. A tree serves all-reduce alone.
 _RING = {"simple": (8.4, 3.4, 9.6, 1.0), "ll": (3.6, 0.47 * 1.8, 2.7, 1 / 4)}
 _TREE = {"simple": (0.0, 28.0, 50.0, 0.9), "ll": (4.4, 0.52 * 1.8, 5.0, 1 / 3.8)}
 

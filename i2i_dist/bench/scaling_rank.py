@@ -25,7 +25,8 @@ from i2i_dist.method import Method, Side
 from i2i_dist.methods import resolve
 from i2i_dist.pool import ImagePools
 
-WARM_UPS = 3  # updates: ZeRO 3 learns the order of the modules in the first, and goes by it from the third on
+# Updates before any is measured: ZeRO 3 learns the order of the modules in the first, and goes by it from the third on.
+WARM_UPS, WARM_UPS_AT_3 = 1, 3
 _PROBES = {4: 15, 16 * 2**20: 3}  # bytes of a collective, and how often it is tried
 
 
@@ -116,7 +117,7 @@ def _do(job: Job, world: int, device: torch.device) -> Done:
         for side, groups in method.parameter_groups().items()
     }
     updates = _Updates(method, sides, job, device)
-    for _ in range(WARM_UPS):
+    for _ in range(WARM_UPS_AT_3 if 3 in job.stages.values() else WARM_UPS):
         updates.prepare()
         updates.take()
     # Whole cycles of a method's turns, so that the mean of them is what an update is.

@@ -213,10 +213,10 @@ def _ms(seconds: float) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    return f"{_digits(low)} .. {_digits(high)}"
+    return f"{two_digits(low)} .. {two_digits(high)}"
 
 
-def _digits(value: float) -> str:
+def two_digits(value: float) -> str:
     """Return two digits, or all before the point."""
     if value == 0:
         return "0"
