@@ -97,6 +97,7 @@ def serve(pipe: Connection, rank: int, world: int, port: int, jobs: Sequence[Job
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         device = engines.start(adopt_environment(os.environ), timeout_seconds=600)
         limit_memory()
+        torch.backends.cudnn.benchmark = True  # as train.py has it
         done = [_do(job, world, device) for job in jobs]
         rate = product_rate(device, jobs[0].precision) if world == 1 else 0.0
         report = Report(done, _probe(world, device), rate, machine_facts(device))
