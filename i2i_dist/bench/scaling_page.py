@@ -18,10 +18,10 @@ from i2i_dist.bench.scaling_tables import (
     USABLE,
     WORLDS,
     assumptions,
+    caveats,
     counted_cells,
     largest_batch,
     measured_rows,
-    oversubscribed,
     setting,
     strong_cells,
     traffic_rows,
@@ -120,7 +120,7 @@ def _measured(paths: list[Path]) -> Iterator[str]:
             yield f"#### {result['config']}: {result['method']['name']}, {setting(result)}"
             facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
             yield f"Made by `{result['command']}` on: {facts}. {utilisation(result)}."
-            yield f"Times in ms. {oversubscribed(result)}".rstrip()
+            yield f"Times in ms. {caveats(result)}".rstrip()
             yield markdown(measured_rows(result))
             world = result["traffic"][0]["world"]
             yield f"What {world} ranks send in an update, counted from the calls, and by the formula of the model:"

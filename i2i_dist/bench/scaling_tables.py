@@ -15,6 +15,7 @@ WORLDS = (8, 64, 512, 4096)
 STRONG_BATCH, STRONG_WORLDS = 64, (1, 8, 16, 32, 64)
 MOST_PER_GPU = 8
 USABLE = 0.8  # of a GPU's memory: the rest is workspace, fragments, and what is not counted
+BUSY = 0.1  # of an update of one rank without a processor: somebody else has them
 MODEL = "MODEL, not measured"
 REPLICATED: Mapping[Side, int] = {"generator": 0, "discriminator": 0}
 
@@ -58,7 +59,7 @@ def measured_text(result: Mapping[str, Any]) -> str:
             ", ".join(f"{key} {value}" for key, value in result["machine"].items()),
             f"{result['config']}, {setting(result)}; {utilisation(result)}",
             "",
-            f"Measured; ms. {oversubscribed(result)}".rstrip(),
+            f"Measured; ms. {caveats(result)}".rstrip(),
             *aligned(measured_rows(result)),
             "",
             f"What {_counting_world(result)} ranks send in an update, counted, and by the model's formula",
@@ -83,16 +84,22 @@ def utilisation(result: Mapping[str, Any]) -> str:
     )
 
 
-def oversubscribed(result: Mapping[str, Any]) -> str:
-    """Say which rows have more ranks than processors, if there are such."""
-    processors = result["machine"]["processors"]
+def caveats(result: Mapping[str, Any]) -> str:
+    """Say which times cannot tell how training scales: those of ranks that had to share processors."""
+    processors, found = result["machine"]["processors"], []
     more = [str(one["world"]) for one in result["worlds"] if one["world"] > processors]
-    if result["kind"] != "cpu" or not more:
-        return ""
-    return (
-        f"With {' and '.join(more)} ranks there are more ranks than the {processors} processors, which they share: "
-        "these rows say how the split behaves, not how training scales."
-    )
+    if result["kind"] == "cpu" and more:
+        found.append(
+            f"With {' and '.join(more)} ranks there are more ranks than the {processors} processors, which they share: "
+            "these rows say how the split behaves, not how training scales."
+        )
+    alone = result["worlds"][0]["parts"]
+    if result["kind"] == "cpu" and alone["without a processor"] > BUSY * alone["whole"]:
+        found.append(
+            "Other programs had the processors for much of the time, as the row of one rank shows: the times, and what "
+            "is predicted from them, are not to be relied on. Bytes and calls are as they would be anyhow."
+        )
+    return " ".join(found)
 
 
 def _counting_world(result: Mapping[str, Any]) -> int:

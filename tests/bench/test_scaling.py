@@ -18,7 +18,7 @@ from i2i_dist.bench.collectives import Noted, shares
 from i2i_dist.bench.cost_model import FAST, GPUS, SLOW, Call, Link, predict, predict_here, sent, traffic
 from i2i_dist.bench.report import DOCS
 from i2i_dist.bench.scaling_rank import Report
-from i2i_dist.bench.scaling_tables import largest_batch, strong_cells
+from i2i_dist.bench.scaling_tables import caveats, largest_batch, strong_cells
 from i2i_dist.bench.update_counts import Counts, count, sketch
 from i2i_dist.method import Side
 from i2i_dist.methods import resolve
@@ -191,6 +191,15 @@ def test_ranks_beyond_the_processors_share_them() -> None:
     communicating = 2 * 0.001 + 2 * 2 * 8e6 * 3 / 4 / 1e9
     assert predict_here(0.5, calls, 4, 2, links) == pytest.approx(1.0 + communicating)
     assert predict_here(0.5, calls, 4, 8, links) == pytest.approx(0.5 + communicating)
+
+
+def test_times_on_a_busy_machine_are_said_to_be_no_good() -> None:
+    def told(without: float, kind: str = "cpu") -> str:
+        alone = {"world": 1, "parts": {"whole": 1.0, "without a processor": without}}
+        return caveats({"kind": kind, "machine": {"processors": 2}, "worlds": [alone, {"world": 4}]})
+
+    assert "not to be relied on" in told(0.5) and "With 4 ranks there are more" in told(0.5)
+    assert "relied" not in told(0.01) and told(0.5, "h100") == ""
 
 
 def test_a_rank_that_fails_or_hangs_is_reported() -> None:
