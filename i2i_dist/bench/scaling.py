@@ -160,7 +160,10 @@ def on_ranks(world: int, jobs: Sequence[Job], limit: int) -> list[Report]:
     Raises:
         RuntimeError: A rank failed, or said nothing for `limit` seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    # On CPUs ranks are forked from a process that has the imports behind it and has never computed. CUDA forbids that.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload([serve.__module__])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
