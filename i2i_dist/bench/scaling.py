@@ -85,6 +85,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ConfigError: The configuration cannot be used.
         RuntimeError: A rank failed; the message says how.
     """
+    if options.json is not None and not options.json.is_dir():
+        raise ConfigError(f"--json: given {options.json}, allowed is a folder that is there; make it first")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and max(options.ranks) > torch.cuda.device_count():
         raise ConfigError(f"--ranks: given {max(options.ranks)}, allowed here is at most {torch.cuda.device_count()}")

@@ -214,6 +214,14 @@ def test_a_rank_that_fails_or_hangs_is_reported() -> None:
         scaling._received(ours, 0, 5)
 
 
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "configs" / "demo.yaml")
+    assert scaling.run(options("--config", config, "--json", str(tmp_path / "missing"))) == 2
+    assert "--json: given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
