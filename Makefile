@@ -7,7 +7,7 @@ GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 export I2I_DIST_CUDA_ARCHS ?= $(or $(GPU),9.0)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check build bench bench-kernels soak test-gpu clean
+.PHONY: demo test check build bench bench-kernels bench-scaling soak test-gpu clean
 
 demo: .venv/installed  ## synthesise, pack, train DCLGAN on two processes, score: minutes on two cores
 	$(BIN)/python -m i2i_dist.demo
@@ -30,6 +30,12 @@ bench-kernels: .venv/installed  ## the native ops on this machine, and docs/kern
 	$(BIN)/python launchers/bench.py kernels --json docs/kernels
 	$(BIN)/python launchers/bench.py share --json docs/kernels
 	$(BIN)/python launchers/bench.py report
+
+SMALL_PIX2PIX := --set method.width=32 --set method.downs=6 --set data.crop_size=64 --set data.load_size=64
+bench-scaling: .venv/installed  ## an update on 1, 2 and 4 ranks of this machine, and docs/scaling.md from the figures
+	$(BIN)/python launchers/bench.py scaling --config configs/demo.yaml --json docs/scaling
+	$(BIN)/python launchers/bench.py scaling --config configs/pix2pix_facades.yaml $(SMALL_PIX2PIX) --json docs/scaling
+	$(BIN)/python launchers/bench.py scaling-page
 
 soak: .venv/tools  ## the slow tests
 	$(BIN)/python -m pytest -m "soak and not gpu" --timeout 3600
