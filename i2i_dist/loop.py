@@ -59,7 +59,9 @@ def _finite(run: Run) -> bool:
         ).pieces.values()
         if piece.values.is_floating_point()
     ]
-    largest = torch.stack(torch._foreach_norm(held, float("inf"))) if held else torch.zeros(1, device=run.device)
+    # What an offloaded optimizer holds is in CPU memory, the rest is not.
+    norms = [norm.to(run.device) for norm in torch._foreach_norm(held, float("inf"))]
+    largest = torch.stack(norms) if norms else torch.zeros(1, device=run.device)
     return not any_rank((~torch.isfinite(largest)).any().reshape(1))[0]
 
 
