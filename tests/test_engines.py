@@ -25,7 +25,7 @@ from i2i_dist.checkpoint import directory_name
 from i2i_dist.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.engine_state import capture, persistent_buffers
-from i2i_dist.engines import Layout, Precision, SideEngine, any_not_finite, repeated_blocks
+from i2i_dist.engines import Asked, Layout, Precision, SideEngine, any_not_finite, repeated_blocks
 from i2i_dist.method import SIDES, ParameterGroup, Side
 from i2i_dist.methods import METHODS
 from i2i_dist.pool import ImagePools
@@ -37,9 +37,10 @@ from tests.ranks import run_ranks
 from tests.trainer import Trainer, differing
 from tests.updates import ExactForward, global_batch, in_fp32, micro_batches, part_of, small_method, whole_batch
 
-STEPS, NAN_STEPS, BAD = 4, 3, 1  # the update BAD of NAN_STEPS meets a NaN
+STEPS, BAD = 3, 1  # the update BAD may meet a NaN
 STAGES = range(4)
 PRECISIONS: tuple[Precision, Precision] = ("fp32", "bf16")
+OPTIONS = ("accumulation", "clipped", "offload", "recomputed")
 PATIENCE = 600  # seconds for the whole matrix on a busy machine
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
@@ -74,10 +75,11 @@ def first_of_each_order() -> list[str]:
     return list(orders.values())
 
 
-def first_with_both_turns(name: str) -> int:
-    """Return the number of a method's first update in which both sides train."""
+def updates_of(name: str) -> range:
+    """Return updates of a method: from the first in which both sides train to the second, and at least STEPS."""
     turns = small_method(name).turns
-    return next(number for number in range(STEPS) if len(turns(number)) == 2)
+    first, second = itertools.islice((number for number in itertools.count() if len(turns(number)) == 2), 2)
+    return range(first, max(first + STEPS, second + 1))
 
 
 def cells_of(name: str) -> list[Cell]:
@@ -95,8 +97,8 @@ def cells_of(name: str) -> list[Cell]:
         several, clipped, offload = (bool(place >> bit & 1) for bit in range(3))
         cells.append(
             Cell(
-                name, stage, (stage + index + PRECISIONS.index(precision)) % 4, precision, allowed[-1 if several else 0],
-                clipped, offload and stage > 0, repeats and several ^ clipped ^ offload,
+                name, stage, (stage + index + PRECISIONS.index(precision)) % 4, precision,
+                allowed[-1 if several else 0], clipped, offload and stage > 0, repeats and several ^ clipped ^ offload,
             )
         )  # fmt: skip
     if persistent_buffers(method.discriminator):
@@ -107,7 +109,7 @@ def cells_of(name: str) -> list[Cell]:
 
 
 CELLS = [cell for name in CASES for cell in cells_of(name)]
-ADAM_MATRIX = list(itertools.product(CASES, STAGES))
+ADAM_MATRIX = [(name, stage) for index, name in enumerate(CASES) for stage in STAGES if (stage + index) % 2]
 RESUMED_MATRIX = [(name, STAGES[index % 4]) for index, name in enumerate(CASES)]
 NAN_MATRIX = [  # method, stage, micro-batches, optimizers offloaded
     (name, stage, 1 + (stage + index) % 2, bool(stage and (stage + index) % 3))
@@ -250,11 +252,9 @@ def norm(tensors: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
 
-def relative(one: Trained, other: Trained, start: dict[str, Tensor]) -> tuple[float, float]:
-    """Return how far one loop is from another, in gradients and in parameters, as a share of what the other did."""
-    far = [{key: ours[key] - theirs[key] for key in theirs} for ours, theirs in zip(one, other, strict=True)]
-    moved = {key: other.parameters[key] - start[key] for key in start}
-    return norm(far[0]) / norm(other.gradients), norm(far[1]) / norm(moved)
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Return the norm of all differences as a share of the other's."""
+    return norm({key: one[key] - other[key] for key in other}) / norm(other)
 
 
 def rank_1_picture_is_nan(step: int, method: Any, batches: list[Any]) -> None:
@@ -356,11 +356,9 @@ def bounded_run(stage: int) -> list[Tensor]:
 def late_nan_matrix() -> dict[str, Any]:
     """Run on every rank: where the discriminator has stepped before the generator meets a NaN."""
     results: dict[str, Any] = {}
-    critics_only = plain_run("dclgan", range(NAN_STEPS), critics_only=frozenset({BAD})).parameters
+    critics_only = plain_run("dclgan", range(STEPS), critics_only=frozenset({BAD})).parameters
     for other, steps in (("dropped", {"dropped": frozenset({BAD})}), ("undisturbed", {})):
-        results[f"late nan, {other}"] = distance(
-            critics_only, plain_run("dclgan", range(NAN_STEPS), **steps).parameters
-        )
+        results[f"late nan, {other}"] = distance(critics_only, plain_run("dclgan", range(STEPS), **steps).parameters)
     for case in LATE_NAN_MATRIX:
         results["late nan", case] = nan_run("dclgan", *case, rank_1_generator_loss_is_nan, critics_only)
     return results
@@ -371,7 +369,7 @@ def nan_run(
 ) -> tuple[float, list[tuple[str, ...]]]:
     critics_stage = min(stage, 2) if small_method(name).penalised else stage
     cell = Cell(name, stage, critics_stage, "fp32", accumulation, False, offload, False)
-    ours, skipped = engine_run(cell, range(NAN_STEPS), poison=poison)
+    ours, skipped = engine_run(cell, range(STEPS), poison=poison)
     return distance(ours.parameters, plain), skipped
 
 
@@ -408,8 +406,7 @@ def resumed(name: str, stage: int, directory: Path) -> dict[str, list[str]]:
 def one_method(name: str) -> dict[Any, Any]:
     """Run on every rank: a method's cells, against its plain loops."""
     results: dict[Any, Any] = {}
-    both = first_with_both_turns(name)
-    steps, start = range(both, both + STEPS), plain_run(name, range(0)).parameters
+    steps, start = updates_of(name), plain_run(name, range(0)).parameters
     free = plain_run(name, steps)
     # Half of what a side's first gradient has at the least, so that it is clipped on either.
     sides = [{key: value for key, value in free.gradients.items() if key.startswith(side)} for side in SIDES]
@@ -424,20 +421,24 @@ def one_method(name: str) -> dict[Any, Any]:
 
     results[name, "moved"] = [distance(plain("fp32", 1, clipped).parameters, start) for clipped in (False, True)]
     results[name, "clipping"] = distance(free.parameters, plain("fp32", 1, True).parameters)
-    a = 1 if whole_only else 2
-    results[name, "in fp32"] = relative(autocast_run(name, steps, a, precision="fp32"), plain("bf16", a, False), start)
-    results[name, "other pieces"] = relative(autocast_run(name, steps, 1), plain("bf16", a, False), start)
+    gradients = autocast_run(name, steps[:1], 1).gradients
+    others = {"in fp32": autocast_run(name, steps[:1], 1, precision="fp32").gradients}
+    if not whole_only:
+        others["in pieces"] = autocast_run(name, steps[:1], 2).gradients
+    results[name, "others"] = {other: apart(found, gradients) for other, found in others.items()}
     for cell in cells_of(name):
         pieces = 2 * cell.accumulation if cell.precision == "bf16" and not whole_only else 1
         theirs = plain(cell.precision, pieces, cell.clipped)
         ours, _ = engine_run(cell, steps, norms[cell.clipped])
         if cell.precision == "bf16":
-            results[cell] = relative(ours, theirs, start)
+            moved = {key: theirs.parameters[key] - start[key] for key in start}
+            between = apart(ours.parameters, theirs.parameters) * norm(theirs.parameters) / norm(moved)
+            results[cell] = (apart(ours.gradients, theirs.gradients), between)
         else:
             gradients = distance(ours.gradients, theirs.gradients) / largest(theirs.gradients)
             results[cell] = (gradients, distance(ours.parameters, theirs.parameters))
     first = plain_run(name, steps[:1], adam=True).gradients
-    for cell in [cell for cell in cells_of(name) if cell.precision == "fp32"][: len(STAGES)]:
+    for cell in [cell for cell in cells_of(name)[: len(STAGES)] if (name, cell.stage) in ADAM_MATRIX]:
         adam, _ = engine_run(cell, steps[:1], adam=True)
         results[name, cell.stage, "adam"] = distance(adam.gradients, first) / largest(first)
     return results
@@ -451,7 +452,7 @@ def matrix(directory: str) -> dict[Any, Any]:
     for name, stage in RESUMED_MATRIX:
         results[name, stage, "files"] = resumed(name, stage, Path(directory) / name)
     for name in first_of_each_order():
-        dropped = plain_run(name, range(NAN_STEPS), dropped=frozenset({BAD})).parameters
+        dropped = plain_run(name, range(STEPS), dropped=frozenset({BAD})).parameters
         for case in NAN_MATRIX:
             if case[0] == name:
                 results["nan", case] = nan_run(*case, rank_1_picture_is_nan, dropped)
@@ -484,29 +485,75 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return first
 
 
-BF16 = (0.05, 0.2)  # what gradients, and parameters after a few steps, may be away in bf16
+# What may lie between the loops in bf16. The gradients are the same up to the order of sums. From there on a weight now
+# and then rounds to the other side, 2**-8 of it, and the loops drift apart slowly.
+GRADIENTS, PARAMETERS = 1e-6, 1e-2
+# Where a batch cannot be cut in pieces, the loop rounds the gradients of all samples, and ranks those of their share.
+COUPLED_GRADIENTS, COUPLED_PARAMETERS = 0.1, 0.3
 
 
 def described(cell: Cell) -> str:
     words = [cell.name, f"zero{cell.stage}{cell.critics_stage}", cell.precision, f"x{cell.accumulation}"]
-    return "-".join(words + [word for word in ("clipped", "offload", "recomputed") if getattr(cell, word)])
+    return "-".join(words + [word for word in OPTIONS[1:] if getattr(cell, word)])
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=described)
 def test_two_ranks_equal_a_plain_loop(results: dict[Any, Any], cell: Cell) -> None:
-    assert min(results[cell.name, "moved"]) > 1e-2  # the loops went somewhere, so the distances below mean something
+    assert min(results[cell.name, "moved"]) > 1e-3  # the loops went somewhere, so the distances below mean something
     gradients, parameters = results[cell]
     if cell.precision == "fp32":
         assert max(gradients, parameters) <= 1e-6
+    elif small_method(cell.name).couples_batch:
+        assert gradients <= COUPLED_GRADIENTS and parameters <= COUPLED_PARAMETERS
     else:
-        assert (gradients <= BF16[0], parameters <= BF16[1]) == (True, True)
+        assert gradients <= GRADIENTS and parameters <= PARAMETERS
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_other_loops_are_further_away_than_that(results: dict[Any, Any], name: str) -> None:
+def test_other_loops_are_far_away(results: dict[Any, Any], name: str) -> None:
+    """One that does not clip; and in bf16, first gradients of a loop in fp32 and of a batch in other pieces."""
     assert results[name, "clipping"] > 1e-3
-    assert results[name, "an update less"][1] > 2 * BF16[1]
-    assert min(results[name, "not clipped"]) > 2 * BF16[1]
+    others = results[name, "others"]
+    assert others["in fp32"] > (2 * COUPLED_GRADIENTS if small_method(name).couples_batch else 1e4 * GRADIENTS)
+    assert others.get("in pieces", 1.0) > 100 * GRADIENTS
+
+
+def test_the_matrix_holds_all_that_the_table_allows() -> None:
+    """For either side every stage with every method in each precision, but for what is refused."""
+
+    def allowed(name: str, side: Side, stage: int) -> bool:
+        try:
+            engines.check(Asked(side, stage, penalised=side == "discriminator" and small_method(name).penalised))
+        except ConfigError:
+            return False
+        return True
+
+    for side, field in (("generator", "stage"), ("discriminator", "critics_stage")):
+        asked = {(name, stage) for name in CASES for stage in STAGES if allowed(name, side, stage)}
+        for precision in PRECISIONS:
+            assert {(cell.name, getattr(cell, field)) for cell in CELLS if cell.precision == precision} == asked
+    for cell in CELLS:
+        repeats = bool(repeated_blocks(small_method(cell.name).generator))
+        engines.check(Asked("generator", cell.stage, cell.offload, recomputed=cell.recomputed, repeats=repeats))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_option_meets_every_other_one_at_every_stage_with_several_methods(stage: int) -> None:
+    """And each on its own in either precision."""
+
+    def methods(**wanted: Any) -> int:
+        fits = [cell for cell in CELLS if all(getattr(cell, key) == value for key, value in wanted.items())]
+        return len({cell.name for cell in fits})
+
+    values = {option: (False, True) for option in OPTIONS} | {"accumulation": (1, 2)}
+    if stage == 0:
+        values["offload"] = (False,)
+    for option in OPTIONS:
+        for precision, value in itertools.product(PRECISIONS, values[option]):
+            assert methods(stage=stage, precision=precision, **{option: value}) >= 2
+    for one, other in itertools.combinations(OPTIONS, 2):
+        for pair in itertools.product(values[one], values[other]):
+            assert methods(stage=stage, **{one: pair[0], other: pair[1]}) >= 2
 
 
 @pytest.mark.parametrize(("name", "stage"), ADAM_MATRIX)

@@ -36,11 +36,11 @@ class Trainer:
     ) -> None:
         self.method, self.batch = method, global_batch(method)
         _, world = rank_and_world()
-        layout = Layout(self.batch // world, 1, world, precision=precision, persistence_threshold=0)
+        layout = Layout(self.batch // world, 1, world, precision=precision, offload=offload, persistence_threshold=0)
         self.sides: Sides = {
             # With this eps a bias in front of an instance norm, whose gradient is rounding, stays where it is.
             side: SideEngine(
-                getattr(method, side), method.parameter_groups()[side], layout._replace(stage=its_stage, offload=offload), CPU,
+                getattr(method, side), method.parameter_groups()[side], layout._replace(stage=its_stage), CPU,
                 eps=1e-3, fused=True,
             )
             for side, its_stage in zip(SIDES, stages_of(method, stage), strict=True)
