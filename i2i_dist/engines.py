@@ -115,15 +115,19 @@ REFUSALS = (
 )
 
 
+def refusal(asked: Asked) -> str | None:
+    """Return why it cannot be had, with the key and what is allowed; None if it can."""
+    return next((line.says.format(**asked._asdict()) for line in REFUSALS if line.meets(asked)), None)
+
+
 def check(asked: Asked) -> None:
     """Refuse what cannot be had.
 
     Raises:
-        ConfigError: With the key, what is allowed, and why.
+        ConfigError: With what `refusal` returns.
     """
-    for refusal in REFUSALS:
-        if refusal.meets(asked):
-            raise ConfigError(refusal.says.format(**asked._asdict()))
+    if problem := refusal(asked):
+        raise ConfigError(problem)
 
 
 def device_of(ranks: Ranks) -> torch.device:

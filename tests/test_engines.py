@@ -485,11 +485,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return first
 
 
-# What may lie between the loops in bf16. The gradients are the same up to the order of sums. From there on a weight now
-# and then rounds to the other side, 2**-8 of it, and the loops drift apart slowly.
+# What may lie between the loops in bf16. The gradients are the same up to the order of sums in fp32. From there on a
+# weight now and then rounds to the other side, 2**-8 of it, and the loops drift apart slowly.
 GRADIENTS, PARAMETERS = 1e-6, 1e-2
-# Where a batch cannot be cut in pieces, the loop rounds the gradients of all samples, and ranks those of their share.
-COUPLED_GRADIENTS, COUPLED_PARAMETERS = 0.1, 0.3
+# Where sums in bf16 have another order. ZeRO 3 puts nodes of its own round every layer, and what several layers read then
+# gets its gradients summed in another order. And where a batch cannot be cut in pieces, the loop rounds the weights'
+# gradients of all samples, and ranks those of their share.
+REORDERED_PARAMETERS = 0.3
 
 
 def described(cell: Cell) -> str:
@@ -503,8 +505,8 @@ def test_two_ranks_equal_a_plain_loop(results: dict[Any, Any], cell: Cell) -> No
     gradients, parameters = results[cell]
     if cell.precision == "fp32":
         assert max(gradients, parameters) <= 1e-6
-    elif small_method(cell.name).couples_batch:
-        assert gradients <= COUPLED_GRADIENTS and parameters <= COUPLED_PARAMETERS
+    elif 3 in (cell.stage, cell.critics_stage) or small_method(cell.name).couples_batch:
+        assert gradients <= results[cell.name, "others"]["in fp32"] / 2 and parameters <= REORDERED_PARAMETERS
     else:
         assert gradients <= GRADIENTS and parameters <= PARAMETERS
 
@@ -514,7 +516,7 @@ def test_other_loops_are_far_away(results: dict[Any, Any], name: str) -> None:
     """One that does not clip; and in bf16, first gradients of a loop in fp32 and of a batch in other pieces."""
     assert results[name, "clipping"] > 1e-3
     others = results[name, "others"]
-    assert others["in fp32"] > (2 * COUPLED_GRADIENTS if small_method(name).couples_batch else 1e4 * GRADIENTS)
+    assert others["in fp32"] > 1e4 * GRADIENTS
     assert others.get("in pieces", 1.0) > 100 * GRADIENTS
 
 
@@ -522,11 +524,8 @@ def test_the_matrix_holds_all_that_the_table_allows() -> None:
     """For either side every stage with every method in each precision, but for what is refused."""
 
     def allowed(name: str, side: Side, stage: int) -> bool:
-        try:
-            engines.check(Asked(side, stage, penalised=side == "discriminator" and small_method(name).penalised))
-        except ConfigError:
-            return False
-        return True
+        penalised = side == "discriminator" and small_method(name).penalised
+        return engines.refusal(Asked(side, stage, penalised=penalised)) is None
 
     for side, field in (("generator", "stage"), ("discriminator", "critics_stage")):
         asked = {(name, stage) for name in CASES for stage in STAGES if allowed(name, side, stage)}
