@@ -488,9 +488,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 # What may lie between the loops in bf16. The gradients are the same up to the order of sums in fp32. From there on a
 # weight now and then rounds to the other side, 2**-8 of it, and the loops drift apart slowly.
 GRADIENTS, PARAMETERS = 1e-6, 1e-2
-# Where sums in bf16 have another order. ZeRO 3 puts nodes of its own round every layer, and what several layers read then
-# gets its gradients summed in another order. And where a batch cannot be cut in pieces, the loop rounds the weights'
-# gradients of all samples, and ranks those of their share.
+# Where sums in bf16 have another order. ZeRO 3 puts nodes of its own round every layer, and what several layers read
+# then gets its gradients summed in another order. And where a batch cannot be cut in pieces, the loop rounds the
+# weights' gradients of all samples, and ranks those of their share.
 REORDERED_PARAMETERS = 0.3
 
 

@@ -105,7 +105,7 @@ class RepeatedBlocks(nn.ModuleList):
         """
         for block in self:
             if self.recomputed:
-                # ZeRO 3 frees a layer's parameters when its forward ends, so the second one has to end too.
+                # ZeRO 3 frees a layer's parameters in a hook at its forward's end, which an early stop would skip.
                 x = checkpoint(block, x, *constant, use_reentrant=False, preserve_rng_state=False, early_stop=False)
             else:
                 x = block(x, *constant)
