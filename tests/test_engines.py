@@ -1,9 +1,9 @@
 """Two ranks under DeepSpeed train what a plain PyTorch loop trains in one process, whatever the engines are asked for.
 
 In fp32 the plain loop is the released code's step, every pass on its own, and convolutions are computed in fp64: what
-remains is 1e-6. In bf16 it is the same update with plain sides, `torch.autocast` around their passes and a whole batch:
-whole: ranks then round the gradients of their shares, and the loop those of all, so that 1e-6 cannot be had. There the
-distance is the norm of all differences over that of all gradients, or of all that the parameters moved.
+remains is 1e-6. In bf16 it is the same update with plain sides and `torch.autocast` around their passes, on one piece
+of the batch after the other, cut as the ranks and their micro-batches cut it: rounding a gradient in bf16 depends on
+the samples in it. There the distance is the norm of all differences over that of all gradients, or of all moves.
 """
 
 from __future__ import annotations
@@ -485,13 +485,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return first
 
 
-# What may lie between the loops in bf16. The gradients are the same up to the order of sums in fp32. From there on a
-# weight now and then rounds to the other side, 2**-8 of it, and the loops drift apart slowly.
-GRADIENTS, PARAMETERS = 1e-6, 1e-2
-# Where sums in bf16 have another order. ZeRO 3 puts nodes of its own round every layer, and what several layers read
-# then gets its gradients summed in another order. And where a batch cannot be cut in pieces, the loop rounds the
-# weights' gradients of all samples, and ranks those of their share.
-REORDERED_PARAMETERS = 0.3
+# What may lie between first gradients in bf16 where sums in bf16 have the same order; those in fp32 have another one.
+GRADIENTS = 1e-6
+# And between parameters after a few updates, as a share of how far they moved: a weight that is another one by rounding
+# in fp32 now and then rounds to another number in bf16, and from there on the loops drift apart.
+PARAMETERS = 0.25
+
+
+def sums_in_the_same_order(cell: Cell) -> bool:
+    """Say whether the plain loop adds up numbers in bf16 as the engines do.
+
+    ZeRO 3 puts nodes of its own round every layer, so that gradients of what several layers read are summed in another
+    order. And where a batch cannot be cut in pieces, the loop rounds the weights' gradients of all samples together.
+    """
+    return 3 not in (cell.stage, cell.critics_stage) and not small_method(cell.name).couples_batch
 
 
 def described(cell: Cell) -> str:
@@ -505,10 +512,10 @@ def test_two_ranks_equal_a_plain_loop(results: dict[Any, Any], cell: Cell) -> No
     gradients, parameters = results[cell]
     if cell.precision == "fp32":
         assert max(gradients, parameters) <= 1e-6
-    elif 3 in (cell.stage, cell.critics_stage) or small_method(cell.name).couples_batch:
-        assert gradients <= results[cell.name, "others"]["in fp32"] / 2 and parameters <= REORDERED_PARAMETERS
     else:
-        assert gradients <= GRADIENTS and parameters <= PARAMETERS
+        fp32_is_away = results[cell.name, "others"]["in fp32"]
+        assert gradients <= (GRADIENTS if sums_in_the_same_order(cell) else fp32_is_away / 2)
+        assert parameters <= PARAMETERS
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -65,7 +65,7 @@ class PlainSide:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"] if group["bounds"] else ():
                     parameter.clamp_(*group["bounds"])
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)  # as under engines: momentum also moves what gets no gradient
         self.steps += 1
 
     def set_learning_rate(self, factor: float) -> None:
