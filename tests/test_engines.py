@@ -203,7 +203,8 @@ def engine_sides(method: Any, cell: Cell, clipping: float, adam: bool = False) -
 
 def whole(sides: Sides, kind: str) -> dict[str, Tensor]:
     """Put together, over the ranks, the captured tensors of one kind."""
-    tensors = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts = []
     for name, side in sides.items():
         captured = capture(side, {})
         for key, (shape, _) in captured.tensors.items():
@@ -212,10 +213,13 @@ def whole(sides: Sides, kind: str) -> dict[str, Tensor]:
                 if key in captured.pieces:
                     start, values = captured.pieces[key]
                     full[start : start + len(values)] = values
-                if rank_and_world()[1] > 1:
-                    torch.distributed.all_reduce(full)
-                tensors[f"{name}/{key.partition('/')[2]}"] = full.view(shape)
-    return tensors
+                shapes[f"{name}/{key.partition('/')[2]}"] = shape
+                parts.append(full)
+    together = torch.cat(parts)
+    if rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(together)
+    values = together.split([len(part) for part in parts])
+    return {key: value.view(shape) for (key, shape), value in zip(shapes.items(), values, strict=True)}
 
 
 def engine_run(
