@@ -218,8 +218,8 @@ def whole(sides: Sides, kind: str) -> dict[str, Tensor]:
     together = torch.cat(parts)
     if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(together)
-    values = together.split([len(part) for part in parts])
-    return {key: value.view(shape) for (key, shape), value in zip(shapes.items(), values, strict=True)}
+    found = zip(shapes.items(), together.split([len(part) for part in parts]), strict=True)
+    return {key: full.view(shape) for (key, shape), full in found}
 
 
 def engine_run(
