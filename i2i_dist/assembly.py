@@ -27,8 +27,8 @@ from i2i_dist.data.transforms import Transform
 from i2i_dist.distributed import Ranks, from_first_rank, gather_texts
 from i2i_dist.draws import Draws
 from i2i_dist.ema import Ema
-from i2i_dist.engines import Layout, SideEngine
-from i2i_dist.method import SIDES, Gauged, Labelled, Method, Stream
+from i2i_dist.engines import Asked, Layout, SideEngine
+from i2i_dist.method import SIDES, Gauged, Labelled, Method, Side, Stream
 from i2i_dist.pool import ImagePools
 from i2i_dist.sampling import Sampler, fixed_inputs
 from i2i_dist.schedules import LinearDecay
@@ -55,7 +55,7 @@ class Run(NamedTuple):
     """Everything the loop works with.
 
     Attributes:
-        layout: How the generator's side is spread; the discriminator's differs in its ZeRO stage alone.
+        layout: The batch and precision, which both sides share.
         target: Images seen at the end, a multiple of the global batch.
         start: Where training starts or goes on, with the configuration and data set that checkpoints will carry.
         resumed_from: The checkpoint that it goes on from.
@@ -83,18 +83,15 @@ def check_sizes(settings: Settings) -> None:
     Call it before the process group is there: batch norm and the like then ask no other rank.
 
     Raises:
-        ConfigError: A network cannot take pictures of that size, for which the message is the network's own; or a
-            ZeRO stage is asked for that the method cannot have; or the best checkpoint is asked for by the name of
+        ConfigError: A network cannot take pictures of that size, for which the message is the network's own; or the
+            engines are asked for what `engines.REFUSALS` names; or the best checkpoint is asked for by the name of
             something that the method does not log.
     """
     config, crop = settings.config, settings.config.data.crop_size
     method = _sketch(settings)
     _check_multiple(config, method.multiple)
-    if method.penalised and config.engine.discriminator_stage == 3:
-        raise ConfigError(
-            "engine.discriminator_stage: given 3, allowed with this method is 0, 1 or 2: its gradient penalty "
-            "differentiates the critic twice, for which the critic must be whole; engine.generator_stage may be 3"
-        )
+    for side in SIDES:
+        engines.check(_asked(config, method, side))
     samples = method.group * min(2, -(-config.train.global_batch // method.group))
     pictures = torch.empty(samples, 3, crop, crop, device="meta")
     logged = set(method.gauges()) if isinstance(method, Gauged) else set()
@@ -117,6 +114,20 @@ def _check_best(name: str | None, logged: Sequence[str]) -> None:
         raise ConfigError(
             f"output.keep_best: given {name!r}, allowed with this method is one of {', '.join(logged)}{hint}"
         )
+
+
+def _asked(config: RunConfig, method: Method, side: Side) -> Asked:
+    """Return what the configuration asks of a side's engine; micro-batches are left to who knows the ranks."""
+    generator = side == "generator"
+    return Asked(
+        side,
+        stage=config.engine.generator_stage if generator else config.engine.discriminator_stage,
+        offload=config.engine.generator_offload if generator else config.engine.discriminator_offload,
+        recomputed=generator and config.engine.checkpoint_activations,
+        penalised=not generator and method.penalised,
+        coupled=method.couples_batch,
+        repeats=bool(engines.repeated_blocks(getattr(method, side))),
+    )
 
 
 def _sketch(settings: Settings) -> Method:
@@ -160,11 +171,13 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     """
     config, seed = settings.config, settings.config.train.seed
     root = Path(config.data.root)
-    streams = _sketch(settings).streams
+    sketch = _sketch(settings)
+    streams = sketch.streams
     sources = _open(root, streams)
     schedule = _schedule(config, sources)
     precision = on_every_rank(lambda: engines.resolve_precision(config.train.precision, device))
     layout = _layout(config, ranks.world, precision)
+    _check_fits(config, sketch, layout)
     on_every_rank(lambda: _check_ops(device))
     found = _agree_on_checkpoint(settings.directory, resume, ranks)
     start = on_every_rank(lambda: _start(settings, sources, found, ranks))
@@ -172,7 +185,6 @@ def assemble(settings: Settings, ranks: Ranks, device: torch.device, resume: str
     init = torch.Generator()
     method = settings.method_class(settings.method_config, init.manual_seed(seed))
     replica = settings.method_class(settings.method_config, init.manual_seed(seed)) if ranks.rank == 0 else None
-    _check_fits(config, method, layout)
     sides = _engines(config, method, layout, device)
     ema = Ema(sides["generator"], config.train.ema_half_life_images)
     pools = ImagePools(method.fakes, method.pool_size, seed)
@@ -291,11 +303,9 @@ def _layout(config: RunConfig, world: int, precision: engines.Precision) -> Layo
 
 def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
     """Refuse what the method cannot train with."""
-    if method.couples_batch and layout.accumulation > 1:
-        raise ConfigError(
-            f"train.micro_batch: given {layout.micro_batch}, but with this method's settings a sample's loss depends "
-            "on the whole global batch, which then is not in one pass; leave train.micro_batch out"
-        )
+    for side in SIDES:
+        asked = _asked(config, method, side)
+        engines.check(asked._replace(micro_batch=layout.micro_batch, accumulation=layout.accumulation))
     if layout.micro_batch % method.group:
         key = "train.micro_batch" if config.train.micro_batch else "train.global_batch"
         given = config.train.micro_batch or config.train.global_batch
@@ -309,12 +319,12 @@ def _check_fits(config: RunConfig, method: Method, layout: Layout) -> None:
 
 
 def _engines(config: RunConfig, method: Method, layout: Layout, device: torch.device) -> Sides:
-    groups = method.parameter_groups()
-    stages = {"generator": config.engine.generator_stage, "discriminator": config.engine.discriminator_stage}
-    return {
-        side: SideEngine(getattr(method, side), groups[side], layout._replace(stage=stages[side]), device)
-        for side in SIDES
-    }
+    sides: Sides = {}
+    for side in SIDES:
+        asked = _asked(config, method, side)
+        spread = layout._replace(stage=asked.stage, offload=asked.offload, recomputed=asked.recomputed)
+        sides[side] = SideEngine(getattr(method, side), method.parameter_groups()[side], spread, device)
+    return sides
 
 
 def _agree_on_checkpoint(directory: Path, resume: str, ranks: Ranks) -> Path | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 _MAX_FILE_BYTES = 1 << 20  # a configuration is a page of text; anything larger is another file, or a trap
@@ -81,12 +81,25 @@ class TrainConfig(Section):
     ema_half_life_images: NotNegative = 10_000  # of the averaged generators; 0 switches the average off
     max_bad_updates: Positive = 10  # end the run after so many updates in a row with a loss or gradient not finite
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_half(cls, value: Any) -> Any:
+        if value in ("fp16", "float16", "half"):
+            raise ValueError(
+                f"given '{value}', allowed is 'auto', 'fp32' or 'bf16': fp16 needs a loss scaler for each side, and "
+                "where one of them drops a step the other side would train on alone; bf16 needs none"
+            )
+        return value
+
 
 class EngineConfig(Section):
     """How the two sides are spread over the ranks."""
 
     generator_stage: Stage = 0  # ZeRO stage: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too
     discriminator_stage: Stage = 0
+    generator_offload: bool = False  # Adam's state and step in CPU memory, from ZeRO 1 on: slower, and less on the GPU
+    discriminator_offload: bool = False
+    checkpoint_activations: bool = False  # recompute the generators' residual blocks in the backward pass: less memory
     gradient_clipping: Weight = 0.0  # largest norm of a side's gradient; 0 does not clip
     timeout_seconds: Annotated[int, Field(ge=1, le=86_400)] = 1800  # a rank that waits longer for another ends the run
 

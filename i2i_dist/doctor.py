@@ -17,6 +17,7 @@ import i2i_dist
 from i2i_dist import ops
 from i2i_dist.bench.facts import machine_facts
 from i2i_dist.config import ConfigError, load
+from i2i_dist.engines import Asked, refusal
 from i2i_dist.memory import SideMemory, offloaded_memory, side_memory
 from i2i_dist.methods import resolve
 
@@ -93,9 +94,9 @@ def memory_report(config: Path, settings: Sequence[str], ranks: int) -> list[str
         method = method_class(method_config, torch.Generator())
     lines = [
         f"Memory on each of {ranks} ranks in GiB for parameters, gradients, Adam's state and averages, which are fp32",
-        "in either precision. It is computed. On top come activations, which depend on size and batch, and while",
-        "critics with spectral norm run, a copy of their weights. With the optimizer offloaded, which is not built",
-        "yet, 'GPU' and 'CPU' would be what lies where.",
+        "in either precision. It is computed. On top come activations, which depend on size and batch, and are fewer",
+        "with engine.checkpoint_activations; and while critics with spectral norm run, a copy of their weights. 'GPU'",
+        "and 'CPU' are what lies where with engine.generator_offload or engine.discriminator_offload.",
     ]
     for side, groups in method.parameter_groups().items():
         module: nn.Module = getattr(method, side)
@@ -105,15 +106,14 @@ def memory_report(config: Path, settings: Sequence[str], ranks: int) -> list[str
         lines += ["", f"{side}: {networks}; {sum(counts.values()):,} parameters in all"]
         columns = (*(field for field in SideMemory._fields), "in all", "GPU", "CPU")
         lines.append(f"{'ZeRO':<6}" + "".join(f"{column:>12}" for column in columns))
-        whole = method.penalised and side == "discriminator"
-        for stage in range(3 if whole else 4):
+        for stage in range(4):
+            asked = Asked(side, stage, penalised=method.penalised and side == "discriminator")
+            if problem := refusal(asked):
+                lines.append(f"{stage:<6}is refused: {problem}")
+                continue
             memory = side_memory(module, groups, stage, ranks, averaged)
             offloaded = offloaded_memory(module, groups, stage, ranks, averaged) if stage else ()
             cells = [*memory, memory.whole, *offloaded]
             lines.append(f"{stage:<6}" + "".join(f"{cell / 2**30:>12.2f}" for cell in cells))
-        if whole:
-            lines.append(
-                "3 is refused: the gradient penalty differentiates this side twice, for which it must be whole"
-            )
     copied = 4 * sum(parameter.numel() for parameter in method.generator.parameters()) / 2**30
     return [*lines, "", f"Rank 0 also has a copy of the generator's side for sample grids: {copied:.2f} GiB."]

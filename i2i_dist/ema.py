@@ -1,7 +1,8 @@
 """The exponential moving average of the generators, which is what samples and translations are made with.
 
 Averaging is element by element, so each rank averages only the elements that it writes into checkpoints: the average
-costs no communication and no more memory in all than one copy of the weights, at every ZeRO stage.
+costs no communication and no more memory in all than one copy of the weights, at every ZeRO stage. It lies where the
+optimizer's state does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Ema:
     """The average of one side's parameters; with a half-life of 0 it is the parameters, and costs nothing."""
 
     def __init__(self, side: SideEngine, half_life_images: int) -> None:
-        self.half_life_images = half_life_images
+        self.half_life_images, self._side = half_life_images, side
         self._slots: list[Slot] = slots(side)
         self.averages: dict[str, Tensor] = {}
         if half_life_images:
@@ -48,7 +49,7 @@ class Ema:
         parameters = dict(replica.named_parameters()) if replica is not None else {}
         for slot in self._slots:
             mine = self.averages[slot.name] if self.averages else slot.owned(slot.flat)
-            whole = torch.zeros(math.prod(slot.shape), device=mine.device)
+            whole = torch.zeros(math.prod(slot.shape), device=self._side.device)
             whole.narrow(0, slot.own_start, slot.own_length).copy_(mine)
             if rank_and_world()[1] > 1:
                 torch.distributed.reduce(whole, dst=0)

@@ -1,8 +1,9 @@
 """The state of one side in a form that does not depend on how it is sharded.
 
 Every rank knows, without asking, which elements of which parameter it holds and where: that is a `Slot`. Capturing
-needs no collective, and whatever is written comes out the same at every ZeRO stage and world size. The private names
-of DeepSpeed 0.19 that this rests on are read in `slots` and `_refresh`; the re-save test says when they have changed.
+needs no collective, and whatever is written comes out the same at every ZeRO stage and world size. The private names of
+DeepSpeed 0.19 that this rests on are read in `slots`, `_refresh` and `SideEngine.flat_tensors`; the re-save test says
+when they have changed.
 """
 
 from __future__ import annotations
@@ -82,11 +83,9 @@ def slots(side: SideEngine) -> list[Slot]:
     """Return the slot of every parameter of a side, in the order of `named_parameters`."""
     zero, stage, (rank, world) = side.engine.optimizer, side.layout.stage, rank_and_world()
     flat_of: dict[int, Tensor] = {}
-    if stage in (1, 2):
-        for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
-            flat_of |= {id(parameter): flat for parameter in parameters}
-    elif stage == 3:
-        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+    if stage:
+        groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
+        for flat, parameters in zip(side.flat_tensors(), groups, strict=True):
             flat_of |= {id(parameter): flat for parameter in parameters}
     found = []
     parameter: Any  # DeepSpeed hangs its own attributes on parameters
@@ -210,7 +209,7 @@ def _refresh(side: SideEngine) -> None:
     """Make DeepSpeed's copies follow the restored fp32 values."""
     zero, stage = side.engine.optimizer, side.layout.stage
     if stage in (1, 2):
-        if all(side.optimizer.state.get(flat) for flat in zero.single_partition_of_fp32_groups):
+        if all(side.optimizer.state.get(flat) for flat in side.flat_tensors()):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
         zero.update_lp_params()

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from i2i_dist.config import ConfigError
 from i2i_dist.distributed import Ranks, any_rank
-from i2i_dist.method import ParameterGroup
+from i2i_dist.method import ParameterGroup, Side
+from i2i_dist.networks.blocks import RepeatedBlocks
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -50,8 +51,83 @@ class Layout(NamedTuple):
     stage: int = 0
     clipping: float = 0.0
     precision: Precision = "fp32"
+    offload: bool = False  # the optimizer's state and step are in CPU memory
+    recomputed: bool = False  # see `RepeatedBlocks`
     # Tests set 0, since small networks would never be partitioned otherwise.
     persistence_threshold: int = PERSISTENCE_THRESHOLD
+
+
+class Asked(NamedTuple):
+    """What is asked of one side's engine, and what of the method decides whether it can be had.
+
+    The precision is not here: both can be had with everything.
+
+    Attributes:
+        side: Which side.
+        stage, offload, micro_batch, accumulation, recomputed: As in `Layout`.
+        penalised: The side differentiates itself, for a penalty.
+        coupled: A sample's loss depends on the whole global batch.
+        repeats: The side has blocks that can be recomputed.
+    """
+
+    side: Side
+    stage: int = 0
+    offload: bool = False
+    micro_batch: int = 1
+    accumulation: int = 1
+    recomputed: bool = False
+    penalised: bool = False
+    coupled: bool = False
+    repeats: bool = False
+
+
+class Refusal(NamedTuple):
+    """What cannot be had together: when, and what is said of it, with fields of `Asked` in braces."""
+
+    meets: Callable[[Asked], bool]
+    says: str
+
+
+# All else can be had, and trains what a plain loop trains; tests/test_engines.py holds the two against each other.
+REFUSALS = (
+    Refusal(
+        lambda asked: asked.penalised and asked.stage == 3,
+        "engine.{side}_stage: given 3, allowed with this method is 0, 1 or 2: its gradient penalty differentiates the "
+        "critic twice, for which the critic must be whole; engine.generator_stage may be 3",
+    ),
+    Refusal(
+        lambda asked: asked.offload and asked.stage == 0,
+        "engine.{side}_offload: given true, allowed with engine.{side}_stage=0 is false: at ZeRO 0 every rank steps on "
+        "all parameters where they are, and there is no copy of them to keep elsewhere; to offload, --set "
+        "engine.{side}_stage=1, or 2 or 3",
+    ),
+    Refusal(
+        lambda asked: asked.recomputed and not asked.repeats,
+        "engine.checkpoint_activations: given true, allowed with this method is false: its generator is a U-Net, whose "
+        "layers are all kept for its skips or, with batch norm, cannot run twice; a smaller train.micro_batch, where "
+        "the method allows it, or train.precision=bf16 also saves memory",
+    ),
+    Refusal(
+        lambda asked: asked.coupled and asked.accumulation > 1,
+        "train.micro_batch: given {micro_batch}, but with this method's settings a sample's loss depends on the whole "
+        "global batch, which then is not in one pass; leave train.micro_batch out",
+    ),
+)
+
+
+def refusal(asked: Asked) -> str | None:
+    """Return why it cannot be had, with the key and what is allowed; None if it can."""
+    return next((line.says.format(**asked._asdict()) for line in REFUSALS if line.meets(asked)), None)
+
+
+def check(asked: Asked) -> None:
+    """Refuse what cannot be had.
+
+    Raises:
+        ConfigError: With what `refusal` returns.
+    """
+    if problem := refusal(asked):
+        raise ConfigError(problem)
 
 
 def device_of(ranks: Ranks) -> torch.device:
@@ -184,6 +260,8 @@ class SideEngine:
     ) -> None:
         self.layout, self.device = layout, device
         module.to(device)
+        for blocks in repeated_blocks(module):
+            blocks.recomputed = layout.recomputed
         if layout.world > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -199,7 +277,9 @@ class SideEngine:
             **(options or {"fused": True}),
         )
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=_deepspeed_config(layout, bucket_elements(module))
+            model=module,
+            optimizer=self.optimizer,
+            config=_deepspeed_config(layout, bucket_elements(module), pinned=device.type == "cuda"),
         )
         self.module = module
 
@@ -240,6 +320,17 @@ class SideEngine:
             self.engine.step()
         finally:
             self.optimizer.skip = False
+        if self.layout.offload:
+            for flat in self.flat_tensors():  # what gets no gradient in the next update must not meet this one's again
+                flat.grad.zero_()
+
+    def flat_tensors(self) -> list[Any]:
+        """Return what the optimizer steps on from ZeRO 1 on: this rank's share of each group, in one fp32 tensor."""
+        zero = self.engine.optimizer
+        found: list[Any] = (
+            zero.fp32_partitioned_groups_flat if self.layout.stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return found
 
     def set_learning_rate(self, factor: float) -> dict[str, float]:
         """Set every group to its own rate times `factor`, but for its constant share; return the rates by group."""
@@ -253,6 +344,11 @@ def any_not_finite(sides: Sequence[SideEngine]) -> bool:
     return any_rank(torch.stack([side._watch.take() for side in sides]).sum().reshape(1))[0]
 
 
+def repeated_blocks(module: nn.Module) -> list[RepeatedBlocks]:
+    """Return what of a side can be recomputed."""
+    return [part for part in module.modules() if isinstance(part, RepeatedBlocks)]
+
+
 def bucket_elements(module: nn.Module) -> int:
     """Return how many elements of gradients ZeRO reduces at once, for which it holds a buffer of that size.
 
@@ -261,8 +357,10 @@ def bucket_elements(module: nn.Module) -> int:
     return min(sum(parameter.numel() for parameter in module.parameters()), _LARGEST_BUCKET)
 
 
-def _deepspeed_config(layout: Layout, bucket: int) -> dict[str, Any]:
+def _deepspeed_config(layout: Layout, bucket: int, *, pinned: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": layout.stage, "reduce_bucket_size": bucket}
+    if layout.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     if layout.stage == 3:
         zero["stage3_param_persistence_threshold"] = layout.persistence_threshold
     return {
@@ -272,6 +370,8 @@ def _deepspeed_config(layout: Layout, bucket: int) -> dict[str, Any]:
         "gradient_clipping": layout.clipping,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        # An offloaded step is torch's own fused Adam; DeepSpeed's for CPUs would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         # Parameters stay fp32; an empty list of "safe" modules keeps gradients in fp32 on the wire too.
         "torch_autocast": {

@@ -41,7 +41,7 @@ class SideMemory(NamedTuple):
 
 
 class Offloaded(NamedTuple):
-    """Bytes where the optimizer's state is in CPU memory: on the device, and there."""
+    """Bytes where the optimizer is offloaded: on the device, and in CPU memory."""
 
     device: int
     host: int
@@ -81,11 +81,11 @@ def side_memory(
 def offloaded_memory(
     module: nn.Module, groups: Sequence[ParameterGroup], stage: int, world: int, averaged: bool
 ) -> Offloaded:
-    """Count what would lie where if the optimizer's state were in CPU memory, at ZeRO 1 to 3.
+    """Count what lies where with the optimizer's state in CPU memory, at ZeRO 1 to 3.
 
     There DeepSpeed has the share of the parameters, its moments, its gradients, and one more copy of the share, of the
     parameters at ZeRO 1 and 2 and of the gradients at 3; the averages are taken of the first. At ZeRO 1 and 2 both
-    memories also hold a buffer for the largest parameter.
+    memories also hold a buffer for the largest parameter. As above, an update is one micro-batch.
     """
     kept = side_memory(module, groups, stage, world, averaged)
     sizes = [parameter.numel() for group in groups for parameter in group.parameters]

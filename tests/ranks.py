@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -64,12 +65,18 @@ def run_ranks(world: int, function: str, directory: Path, *arguments: str, timeo
 def _main() -> None:
     name, result, *arguments = sys.argv[1:]
     module, _, function = name.partition(":")
+    import deepspeed.runtime.zero.utils
+    import torch
+
     from i2i_dist import engines
     from i2i_dist.distributed import adopt_environment
 
     engines.start(adopt_environment(os.environ), timeout_seconds=60)
     call = getattr(importlib.import_module(module), function)
-    gc.freeze()  # ZeRO 3 collects garbage for each engine, and would look through all that is imported every time
+    gc.freeze()  # what has been imported is no garbage
+    # For each engine ZeRO 3 looks through all that is there for garbage, and makes a text of every parameter.
+    deepspeed.runtime.zero.utils.gc = SimpleNamespace(collect=lambda: None)
+    torch.set_printoptions(threshold=0, edgeitems=1)
     value = call(*arguments)
     Path(result).write_bytes(pickle.dumps(value))
     engines.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import torch
 
 from i2i_dist import assembly
 from i2i_dist.assembly import Settings, check_sizes
-from i2i_dist.config import ConfigError, RunConfig, validate
+from i2i_dist.config import ConfigError, EngineConfig, RunConfig, TrainConfig, validate
 from i2i_dist.data.labels import LabelSpace, SampleLabels
+from i2i_dist.method import SIDES
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.train import main
 from tests.methods.cases import CASES
@@ -118,6 +120,53 @@ def test_a_name_that_is_nearly_right_is_told(tmp_path: Path, capsys: pytest.Capt
     assert main(["--config", str(path), "--dry-run"]) == 2
     assert "output.keep_best: given 'cycle', allowed with this method is one of " in (said := capsys.readouterr().err)
     assert re.search(r"; did you mean 'cycle_\w+'\?\n$", said)
+
+
+ENGINE_CHOICES = {
+    "generator_stage": range(4), "discriminator_stage": range(4), "generator_offload": (False, True),
+    "discriminator_offload": (False, True), "checkpoint_activations": (False, True),
+}  # fmt: skip
+
+
+def reasons_against(name: str, engine: dict[str, Any]) -> list[str]:
+    """Return what may be said of a choice: the key at fault and the reason, as docs/architecture.md gives them."""
+    found = []
+    if name in ("stargan", "matchgan") and engine["discriminator_stage"] == 3:
+        found.append(r"engine\.discriminator_stage: given 3, allowed with this method is 0, 1 or 2: .* must be whole")
+    for side in SIDES:
+        if engine[f"{side}_offload"] and engine[f"{side}_stage"] == 0:
+            found.append(
+                rf"engine\.{side}_offload: given true, allowed with engine\.{side}_stage=0 is false: at ZeRO 0 "
+            )
+    if engine["checkpoint_activations"] and name in ("pix2pix", "bicyclegan"):
+        found.append(r"engine\.checkpoint_activations: given true, allowed with this method is false: .* is a U-Net")
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_the_engines_cannot_have_is_refused_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice of the section `engine` in every precision; the sizes are not tried again each time."""
+    asked = settings({"name": name, **CASES[name].small}, SIZE)
+    fields = ("generator", "discriminator", "multiple", "penalised", "couples_batch", "group")
+    sketch = SimpleNamespace(streams=(), **{field: getattr(assembly._sketch(asked), field) for field in fields})
+    monkeypatch.setattr(assembly, "_sketch", lambda _: sketch)
+    for precision, *values in itertools.product(("auto", "fp32", "bf16"), *ENGINE_CHOICES.values()):
+        engine = dict(zip(ENGINE_CHOICES, values, strict=True))
+        changes = {"engine": EngineConfig(**engine), "train": TrainConfig(precision=precision)}
+        chosen = asked._replace(config=asked.config.model_copy(update=changes))
+        if reasons := reasons_against(name, engine):
+            with pytest.raises(ConfigError, match="|".join(reasons)):
+                check_sizes(chosen)
+        else:
+            check_sizes(chosen)
+
+
+@pytest.mark.parametrize("given", ["fp16", "float16", "half"])
+def test_fp16_is_refused_with_the_reason(given: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"train\.precision: given '{given}', allowed is .*the other side would train"
+    ):
+        settings({"name": "cyclegan"}, SIZE, precision=given)
 
 
 def test_pictures_without_labels_that_are_not_used_are_told_of(caplog: pytest.LogCaptureFixture) -> None:

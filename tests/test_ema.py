@@ -18,8 +18,9 @@ def side_of(module: nn.Module) -> Any:
     """A side as an engine at ZeRO stage 0 on one rank holds it; what sharding changes is tested with engines."""
     engine = SimpleNamespace(optimizer=None)
     return SimpleNamespace(
-        module=module, optimizer=torch.optim.SGD(module.parameters()), engine=engine, layout=ONE_RANK
-    )
+        module=module, optimizer=torch.optim.SGD(module.parameters()), engine=engine, layout=ONE_RANK,
+        device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 ONE_RANK = Layout(1, 1, 1)

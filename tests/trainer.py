@@ -26,10 +26,18 @@ CPU = torch.device("cpu")
 class Trainer:
     """A method with its engines, average and pools."""
 
-    def __init__(self, method: Any, stage: int, pool: int, precision: Precision = "fp32", half_life: int = 10) -> None:
+    def __init__(
+        self,
+        method: Any,
+        stage: int,
+        pool: int,
+        precision: Precision = "fp32",
+        half_life: int = 10,
+        offload: bool = False,
+    ) -> None:
         self.method, self.batch = method, global_batch(method)
         _, world = rank_and_world()
-        layout = Layout(self.batch // world, 1, world, precision=precision, persistence_threshold=0)
+        layout = Layout(self.batch // world, 1, world, precision=precision, offload=offload, persistence_threshold=0)
         self.sides: Sides = {
             # With this eps a bias in front of an instance norm, whose gradient is rounding, stays where it is.
             side: SideEngine(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.distributed import rank_and_world
@@ -37,32 +37,28 @@ def small_method(name: str, seed: int = 0, **changes: Any) -> Any:
     return built
 
 
-class ExactForward(TorchFunctionMode):
+class ExactForward:
     """Convolutions and linear layers compute in the dtype of their input, fp64 here, from their fp32 weights.
 
     Rounding in fp32 now and then carries a value over a kink (ReLU, L1), and from there two runs drift apart whatever
     the engines do. In fp64 what remains is the arithmetic under test: reduction, sharding, optimizer.
     """
 
-    LAYERS = (F.conv2d, F.conv_transpose2d)
+    LAYERS = ("conv2d", "conv_transpose2d", "linear")
 
-    def __enter__(self) -> Any:
-        # ZeRO 3 puts a function of its own in place of F.linear, which this mode does not get to see.
-        self.linear, F.linear = F.linear, self.exact_linear
-        return super().__enter__()
+    def __enter__(self) -> None:
+        self.layers = {name: getattr(F, name) for name in self.LAYERS}
+        for name, layer in self.layers.items():
+            setattr(F, name, functools.partial(self.exact, layer))
 
     def __exit__(self, *failure: Any) -> None:
-        F.linear = self.linear
-        super().__exit__(*failure)
+        for name, layer in self.layers.items():
+            setattr(F, name, layer)
 
-    def exact_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        result: Tensor = self.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    @staticmethod
+    def exact(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = layer(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *args, **kwargs)
         return result
-
-    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self.LAYERS:
-            args = [arg.to(args[0].dtype) if isinstance(arg, Tensor) else arg for arg in args]
-        return function(*args, **(kwargs or {}))
 
 
 def global_batch(method: Any) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2i_dist.networks.attention import ClassActivation
-from i2i_dist.networks.blocks import InstanceNorm
+from i2i_dist.networks.blocks import InstanceNorm, RepeatedBlocks
 from i2i_dist.networks.resnet import check_size
 from i2i_dist.ops import adalin, iln
 
@@ -71,10 +71,10 @@ class AttentiveGenerator(nn.Module):
         self.stem = _Stage(3, width, 7, bias=bias, affine=affine)
         self.down1 = _Stage(width, 2 * width, 3, stride=2, bias=bias, affine=affine)
         self.down2 = _Stage(2 * width, deep, 3, stride=2, bias=bias, affine=affine)
-        self.blocks = nn.ModuleList(_ResidualBlock(deep, bias=bias, affine=affine) for _ in range(blocks))
+        self.blocks = RepeatedBlocks(_ResidualBlock(deep, bias=bias, affine=affine) for _ in range(blocks))
         self.cam = ClassActivation(deep, shared=cam_shared)
         self.style = _Style(deep, grid=None if light else cam_grid, bias=bias)
-        self.adaptive_blocks = nn.ModuleList(
+        self.adaptive_blocks = RepeatedBlocks(
             _AdaptiveBlock(deep, bias=bias, unbiased=unbiased, rho_smoothing=rho_smoothing) for _ in range(blocks)
         )
         self.up1 = _Doubling(deep, 2 * width, bias=bias, unbiased=unbiased)
@@ -85,13 +85,10 @@ class AttentiveGenerator(nn.Module):
         """Translate `image` `[N, 3, H, W]` in [-1, 1]; ValueError unless H and W are multiples of 4, at least 8."""
         check_size(image)
         x = self.down2(self.down1(self.stem(image)))
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         attended, logits = self.cam(x)
         gamma, beta = self.style(attended)
-        x = attended
-        for block in self.adaptive_blocks:
-            x = block(x, gamma, beta)
+        x = self.adaptive_blocks(attended, gamma, beta)
         translated = self.to_image(self.up2(self.up1(x))).tanh()
         return Translation(translated, logits, attended)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from i2i_dist.ops import iln, instance_norm_act
 
@@ -72,3 +75,38 @@ class ResidualBlock(nn.Module):
         branch = instance_norm_act(branch, activation="relu")
         branch = self.conv2(F.pad(branch, (1, 1, 1, 1), mode="reflect"))
         return instance_norm_act(branch, residual=x)
+
+
+class RepeatedBlocks(nn.ModuleList):
+    """Blocks of which each reads what the one before made, and whose activations need not be kept.
+
+    Where `recomputed`, a backward pass is left only what each block was given, and runs the block again: a third more
+    arithmetic in the blocks, and the same numbers. So a block must do the same at a second call, with no draws of its
+    own, no buffers that move, no word with other ranks, and the same of its parameters frozen. ResNet generators have
+    such blocks. Other networks have not: a batch norm would count each batch twice, a power iteration would go one step
+    too far, and an encoder that is frozen for one of its passes would be run again when it no longer is. Of a U-Net
+    nearly all is kept for its skips, and critics are small.
+
+    Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
+    """
+
+    recomputed = False
+
+    def forward(self, x: Tensor, *constant: Tensor) -> Tensor:
+        """Return what the last of `outputs` is."""
+        for made in self.outputs(x, *constant):
+            x = made
+        return x
+
+    def outputs(self, x: Tensor, *constant: Tensor) -> Iterator[Tensor]:
+        """Yield what each block makes in turn, of what the one before made and of `constant`; the first one reads `x`.
+
+        Nothing after a value is computed until the next is asked for.
+        """
+        for block in self:
+            if self.recomputed:
+                # ZeRO 3 frees a layer's parameters in a hook at its forward's end, which an early stop would skip.
+                x = checkpoint(block, x, *constant, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+            else:
+                x = block(x, *constant)
+            yield x

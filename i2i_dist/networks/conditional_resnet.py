@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from i2i_dist.networks.blocks import InstanceNorm
+from i2i_dist.networks.blocks import InstanceNorm, RepeatedBlocks
 from i2i_dist.networks.resnet import check_size
 
 
@@ -32,7 +32,7 @@ class ConditionalGenerator(nn.Module):
         self.stem_norm = InstanceNorm(width, affine=True)
         self.down1, self.down1_norm = _halving(width, 2 * width), InstanceNorm(2 * width, affine=True)
         self.down2, self.down2_norm = _halving(2 * width, deep), InstanceNorm(deep, affine=True)
-        self.blocks = nn.ModuleList(_ResidualBlock(deep) for _ in range(blocks))
+        self.blocks = RepeatedBlocks(_ResidualBlock(deep) for _ in range(blocks))
         self.up1, self.up1_norm = _doubling(deep, 2 * width), InstanceNorm(2 * width, affine=True)
         self.up2, self.up2_norm = _doubling(2 * width, width), InstanceNorm(width, affine=True)
         self.to_image = nn.Conv2d(width, 3, 7, padding=3, bias=False)
@@ -55,8 +55,7 @@ class ConditionalGenerator(nn.Module):
         x = self.stem_norm(self.stem(torch.cat([image, maps], 1)), activation="relu")
         x = self.down1_norm(self.down1(x), activation="relu")
         x = self.down2_norm(self.down2(x), activation="relu")
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         x = self.up1_norm(self.up1(x), activation="relu")
         x = self.up2_norm(self.up2(x), activation="relu")
         translated: Tensor = self.to_image(x).tanh()

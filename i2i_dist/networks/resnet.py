@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2i_dist.networks.blocks import BlurDownsample, ResidualBlock, upsample
+from i2i_dist.networks.blocks import BlurDownsample, RepeatedBlocks, ResidualBlock, upsample
 from i2i_dist.ops import instance_norm_act
 
 _OUTER_TAPS = ("rgb", "down1", "down2")
@@ -82,7 +82,7 @@ class ResNetGenerator(nn.Module):
         self.down2 = nn.Conv2d(2 * width, 4 * width, 3, stride=stride, padding=1)
         self.blur1: nn.Module = BlurDownsample(2 * width) if antialias else nn.Identity()
         self.blur2: nn.Module = BlurDownsample(4 * width) if antialias else nn.Identity()
-        self.blocks = nn.ModuleList(ResidualBlock(4 * width) for _ in range(blocks))
+        self.blocks = RepeatedBlocks(ResidualBlock(4 * width) for _ in range(blocks))
         self.up1 = _Doubling(4 * width, 2 * width, antialias)
         self.up2 = _Doubling(2 * width, width, antialias)
         self.to_image = nn.Conv2d(width, out_channels, 7)
@@ -135,9 +135,8 @@ class ResNetGenerator(nn.Module):
         x = self.down2(self.blur1(instance_norm_act(x, activation="relu")))
         yield "down2", x
         x = self.blur2(instance_norm_act(x, activation="relu"))
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            yield f"block{number}", x
+        for number, made in enumerate(self.blocks.outputs(x), start=1):
+            yield f"block{number}", made
 
     def _decode(self, x: Tensor) -> Tensor:
         x = instance_norm_act(self.up1(x), activation="relu")

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from i2i_dist.draws import Draws
+from i2i_dist.engines import Precision, repeated_blocks
 from i2i_dist.method import SIDES, Labelled
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.pool import ImagePools
@@ -23,6 +25,7 @@ from tests.methods.plain_side import plain_sides
 from tests.updates import global_batch, in_fp32, part_of, small_method, whole_batch
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.PRESETS]
+WITH_BLOCKS = [name for name in CASES if repeated_blocks(small_method(name).generator)]
 WIDTH, HEIGHT = 70, 45  # of a picture: multiples of nothing that a network halves
 
 
@@ -55,6 +58,52 @@ def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
     assert len(names) == len(set(names)), "learning rates are logged by the names of their groups"
 
 
+def recomputing(name: str, *, recomputed: bool, blocks: int = 2) -> Any:
+    method = small_method(name, blocks=blocks)
+    for repeated in repeated_blocks(method.generator):
+        repeated.recomputed = recomputed
+    return method
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_blocks_that_run_twice_give_the_same_bits(name: str, precision: Precision) -> None:
+    weights = []
+    for recomputed in (False, True):
+        method = recomputing(name, recomputed=recomputed)
+        one_update(method, plain_sides(method, precision=precision))
+        weights.append(flat(method.generator))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("name", WITH_BLOCKS)
+def test_blocks_that_run_twice_keep_what_they_were_given_and_no_more(name: str) -> None:
+    """Without it each keeps at least what its two convolutions and two norms read."""
+    batch = in_fp32(whole_batch(small_method(name), 0))
+
+    def kept(recomputed: bool, blocks: int) -> int:
+        """Return the bytes that a pass of the generator keeps for its backward."""
+        method, storages = recomputing(name, recomputed=recomputed, blocks=blocks), {}
+        own = {p.untyped_storage().data_ptr() for p in method.generator.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = method.generator(batch, Draws(SEED, 0))
+        assert outputs is not None
+        return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
+
+    plain, again = (kept(recomputed, 5) - kept(recomputed, 2) for recomputed in (False, True))
+    assert 0 < again <= plain / 4
+
+
+def test_u_nets_have_no_blocks_to_run_twice() -> None:
+    assert set(CASES) - set(WITH_BLOCKS) == {"bicyclegan", "pix2pix"}
+    assert not any(repeated_blocks(small_method(name).discriminator) for name in CASES)
+
+
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_every_preset_makes_an_update(name: str, preset: str) -> None:
     small = {key: value for key, value in CASES[name].small.items() if key not in METHODS[name].PRESETS[preset]}
@@ -75,7 +124,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     method = small_method(name)
     sides = plain_sides(method)
     for side in SIDES:
-        sides[side].optimizer.zero_grad = lambda: None
+        sides[side].optimizer.zero_grad = lambda **_: None
     one_update(method, sides)
     for side in SIDES:
         for parameter_name, parameter in getattr(method, side).named_parameters():

@@ -138,7 +138,10 @@ def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_zero_3_in_bf16_stops_and_goes_on_at_zero_0_in_fp32_on_one_rank(dclgan: Path, tmp_path: Path) -> None:
     """SIGTERM to one rank stops both, and `deepspeed` passes the exit code on."""
-    sharded = settings(engine__generator_stage=3, engine__discriminator_stage=3, train__precision="bf16")
+    sharded = settings(
+        engine__generator_stage=3, engine__discriminator_stage=3, train__precision="bf16",
+        engine__generator_offload=True, engine__checkpoint_activations=True,
+    )  # fmt: skip
     words = ["--config", str(dclgan), "--run", str(tmp_path / "run"), *settings(schedule__constant_epochs=5000)]
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, *words, *sharded]
     process = launch(command, tmp_path / "log")
