@@ -18,7 +18,7 @@ from i2i_dist.checkpoint import directory_name
 from i2i_dist.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from i2i_dist.distributed import barrier, rank_and_world
 from i2i_dist.engine_state import capture, persistent_buffers
-from i2i_dist.engines import Layout, SideEngine, any_not_finite
+from i2i_dist.engines import Layout, SideEngine, met_not_finite
 from i2i_dist.method import SIDES, ParameterGroup, Side
 from i2i_dist.methods import METHODS
 from i2i_dist.pool import ImagePools
@@ -248,7 +248,7 @@ def bounded_run(stage: int) -> list[Tensor]:
     seen = []
     for pull in PULLS:
         side.backward(side(pull), last=True)
-        assert not any_not_finite([side])
+        assert met_not_finite([side]) is None
         side.step(skip=False)
         probes = torch.eye(5)
         with torch.no_grad():  # the module adds up what each probe touches

@@ -188,7 +188,7 @@ class _SignalProbe(Reader):
     ) -> HostBatch:
         ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
         facts = torch.tensor([*ignored, torch.get_num_threads() == 1])
-        return HostBatch({"a": facts}, torch.tensor([os.getpid()]), update_position, ())
+        return HostBatch({"a": facts}, torch.tensor([os.getpid()]), update_position, (), {})
 
 
 def test_workers_leave_signals_to_the_parent(root: Path) -> None:
