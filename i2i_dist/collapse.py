@@ -7,21 +7,26 @@ For every field of the generator's outputs that the critics see:
 * `FIELD_change`: how far a translation is from its own source, or from its mirror image where that is nearer, relative
   to how far successive pictures of the source's domain are apart. 0 is the identity.
 
-And for the critics:
+And for the critics. A slope is the norm of a gradient times the root of its number of values: by how much a loss would
+change, to first order, if all those values moved by 1.
 
-* `critic_pull`: the norm of the gradient that reaches a translation by way of the critics, relative to that of all
-  losses together (the mean over fields), of the picture that has the least of it. 0 tells the generator nothing: so it
-  is where critics have won and are flat around what they reject, and where they say the same of everything.
+* `critic_pull`: the slope at a translation of the losses behind the critics, of the translation with the least. 0 tells
+  the generator nothing: the critics are flat around it, or say the same of everything.
+* `critic_doubt`: the slope of the critics' losses at what they say of real and made pictures, the mean over all maps of
+  verdicts. 0 leaves them nothing to learn: they tell all real pictures from all that are made.
 
-All are means over the updates in which the generator has trained since they were last asked for; the last one needs no
-memory of what was normal once, so that it means the same after a resume.
+Adversarial losses of all kinds ask for verdicts that differ by about 1, and pictures are in [-1, 1], so slopes have no
+scale of their own; the weight of a loss is part of them. All are means over the updates in which the generator has
+trained since they were last asked for. None needs a memory of what was normal once, so that they mean the same after a
+resume.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +36,7 @@ from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.method import Gauge, Judge
 
 WARM_UP = 200  # updates since the run's first start before anything is too low
-LOWEST_SPREAD, LOWEST_CHANGE, LOWEST_PULL = 0.05, 0.02, 0.01
+LOWEST_SPREAD, LOWEST_CHANGE = 0.05, 0.02
 
 _SPREAD = (
     "its pictures are nearly the same whatever the input, which training rarely leaves by itself; go back with "
@@ -43,14 +48,22 @@ _CHANGE = (
     "to the input (identity, cycle, PatchNCE) or raise that of the adversarial one, and look whether both domains hold "
     "what they should"
 )
-_PULL = (
-    "the critics hardly move the generator, since they tell real from made too well or not at all; lower the critics' "
-    "learning rate or their width, or raise method.lambda_gan, and go on from a checkpoint before it"
-)
+_OF_CRITICS = {
+    "critic_pull": (
+        0.05,
+        "the critics hardly move the generator, which then follows its other losses alone; raise the weight of the "
+        "adversarial loss, or lower the critics' learning rate, and go on from a checkpoint before it",
+    ),
+    "critic_doubt": (
+        0.05,
+        "the critics tell every real picture from every one that is made, and learn no more; lower their learning rate "
+        "or their width, or give the generator more weight on the adversarial loss",
+    ),
+}
 
 
 class Listener:
-    """Keeps what an update's generator made, and listens to the gradients that reach it.
+    """Keeps what an update's generator made, and listens to gradients that pass between it and the critics.
 
     Attributes:
         fakes: By field, what it made of the last micro-batch, `[N, 3, H, W]`, detached; empty before its turn.
@@ -59,45 +72,48 @@ class Listener:
     def __init__(self, fields: Sequence[str]) -> None:
         self._fields = fields
         self.fakes: dict[str, Tensor] = {}
-        self._of_critics: dict[int, Tensor] = {}  # by place among the pictures that the critics are given
-        self._of_all: dict[str, Tensor] = {}
+        self._pulls: dict[int, Tensor] = {}  # by place among the pictures that the critics are given
+        self._doubts: dict[int, Tensor] = {}  # by place among their maps of verdicts
 
-    def through(self, judge: Judge, outputs: Any) -> Judge:
-        """Return a judge that says the same, and of which is heard what it passes back to pictures of that size."""
-        fakes: dict[str, Tensor] = {field: getattr(outputs, field) for field in self._fields}
-        self.fakes = {field: fake.detach() for field, fake in fakes.items()}
-        sizes = {fake.shape[-2:] for fake in fakes.values()}
-        for field, fake in fakes.items():
-            if fake.requires_grad:
-                fake.register_hook(_noting(self._of_all, field))
-        places = itertools.count()
-
-        def branch(picture: Tensor) -> Tensor:
-            if not picture.requires_grad or picture.shape[-2:] not in sizes:
-                return picture
-            own = picture.view_as(picture)  # a branch of the graph that only the critics' gradient passes
-            own.register_hook(_noting(self._of_critics, next(places)))
-            return own
-
+    def as_judge(self, judge: Judge, outputs: Any) -> Judge:
+        """Return a judge that says the same, and is heard to pass gradients back to pictures of the fakes' size."""
+        self.fakes = {field: getattr(outputs, field).detach() for field in self._fields}
+        sizes = {fake.shape[-2:] for fake in self.fakes.values()}
+        branch = _branch(self._pulls, lambda picture: picture.shape[-2:] in sizes)
         return lambda *inputs: judge(*(_each_tensor(one, branch) for one in inputs))
 
-    def norms(self) -> tuple[Tensor, Tensor] | None:
-        """Return the norms of the critics' gradients [pictures], and the mean one of all losses; None if unheard."""
-        if not self._of_critics or not self._of_all:
-            return None
-        of_critics = [norm for _, norm in sorted(self._of_critics.items())]  # backward comes upon them in any order
-        return torch.stack(of_critics), torch.stack(list(self._of_all.values())).mean()
+    def as_critic(self, critic: Judge) -> Judge:
+        """Return a critic that says the same, and is heard to be told where it is wrong."""
+        branch = _branch(self._doubts, lambda verdicts: verdicts.dim() == 4)
+        return lambda *inputs: _each_tensor(critic(*inputs), branch)
+
+    def pull(self) -> Tensor | None:
+        """Return the least slope at a picture that the critics were given; None where they were given none."""
+        return torch.stack(list(self._pulls.values())).min() if self._pulls else None
+
+    def doubt(self) -> Tensor | None:
+        """Return the mean slope at what the critics said; None where they did not train."""
+        return torch.stack(list(self._doubts.values())).mean() if self._doubts else None
 
 
-Key = TypeVar("Key")
+def _branch(slopes: dict[int, Tensor], wanted: Callable[[Tensor], bool]) -> Callable[[Tensor], Tensor]:
+    """Return what adds the slopes at tensors that it is called with to `slopes`, by the order of the calls."""
+    places = itertools.count()
 
+    def branch(tensor: Tensor) -> Tensor:
+        if not (tensor.requires_grad and wanted(tensor)):
+            return tensor
+        place = next(places)
 
-def _noting(into: dict[Key, Tensor], place: Key) -> Callable[[Tensor], None]:
-    def note(gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        into[place] = into[place] + norm if place in into else norm
+        def note(gradient: Tensor) -> None:
+            slope = torch.linalg.vector_norm(gradient, dtype=torch.float32) * math.sqrt(gradient.numel())
+            slopes[place] = slopes[place] + slope if place in slopes else slope
 
-    return note
+        own = tensor.view_as(tensor)  # what passes here alone: the tensor may be used elsewhere too
+        own.register_hook(note)
+        return own
+
+    return branch
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -135,6 +151,7 @@ class Collapse:
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._updates = 0  # that were added up
 
     @torch.no_grad()
     def note(self, number: int, batch: Batch | LabelledBatch, heard: Listener) -> None:
@@ -164,9 +181,10 @@ class Collapse:
             source = source[:: len(source) // len(made)]
             moved = torch.stack([F.l1_loss(made.float(), one) for one in (source, source.flip(-1))]).amin()
             self._add(f"{field} moved", moved)
-        if (norms := heard.norms()) is not None:
-            self._add("critics", norms[0])
-            self._add("all", norms[1])
+        for name, slope in (("critic_pull", heard.pull()), ("critic_doubt", heard.doubt())):
+            if slope is not None:
+                self._add(name, slope)
+        self._updates += 1
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -179,9 +197,9 @@ class Collapse:
             change = _ratio(sums[f"{field} moved"], sums[f"{domain.source} apart"])
             found[f"{field}_spread"] = Gauge(spread, LOWEST_SPREAD * self._warm, _SPREAD)
             found[f"{field}_change"] = Gauge(change, LOWEST_CHANGE * self._warm, _CHANGE)
-        if "all" in sums:
-            pull = sums["critics"].min() / sums["all"].clamp_min(torch.finfo(torch.float32).tiny)
-            found["critic_pull"] = Gauge(pull, LOWEST_PULL * self._warm, _PULL)
+        for name, (lowest, advice) in _OF_CRITICS.items():
+            if name in sums:
+                found[name] = Gauge(sums[name] / self._updates, lowest * self._warm, advice)
         self._clear()
         return found
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-WINDOW = 20  # updates whose median counts; one hiccup is none
+WINDOW = 16  # updates whose median counts; one hiccup is none
 LOWEST_SCORE = 0.75
 
 # The processor's time on CPUs; on GPUs a place in the stream of work, whose time is read later, without a wait.

@@ -62,7 +62,7 @@ def update(
                 outputs = made[index] if made[index] is not None else sides["generator"](batch, draws)
                 made[index] = _detached(method, outputs)
                 with sides["discriminator"].frozen() as judge:
-                    terms = method.generator_loss(batch, outputs, heard.through(judge, outputs), images_seen)
+                    terms = method.generator_loss(batch, outputs, heard.as_judge(judge, outputs), images_seen)
                     backward(side, terms, last)
             else:
                 if made[index] is None and len(batches) == 1 and "generator" in turns:
@@ -71,7 +71,8 @@ def update(
                 with torch.no_grad():
                     outputs = made[index] if made[index] is not None else sides["generator"](batch, draws, True)
                 shown = pools.exchange(_detached(method, outputs), batch.positions)
-                terms = method.discriminator_loss(batch, shown, sides["discriminator"], images_seen)
+                critic = heard.as_critic(sides["discriminator"])
+                terms = method.discriminator_loss(batch, shown, critic, images_seen)
                 backward(side, terms, last)
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0.0) + term.detach() / len(batches)
