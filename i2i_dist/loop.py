@@ -142,7 +142,7 @@ def _update(run: Run, reporter: Reporter, shares: Iterator[_Share], images_seen:
         run.pools.images = pooled
     if "generator" not in step.skipped:
         run.ema.update(images_seen, train.global_batch)
-    reporter.note(step, updates, images_seen, share.batches)
+    reporter.note(step, updates, images_seen, share.batches[-1])
     if step.skipped:
         reporter.note_skipped(step, updates, images_seen, share.keys)
     return step

@@ -27,14 +27,21 @@ def checksum(tensor: Tensor) -> Tensor:
     """Return an int64 scalar, on the device, of a tensor's bits and their places.
 
     A sum of products of integers, modulo 2 ** 64: exact, in whatever order it is added up, and other for any one bit
-    that is other, since places count by odd numbers.
+    that is other, since places count by odd numbers. These are scattered: 1, 3, 5 and so on add up to powers of two,
+    which would make constants of many sizes the same.
     """
     bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
-    weights = torch.arange(1, 2 * min(bits.numel(), _CHUNK), 2, device=bits.device)
+    weights = _weights(min(bits.numel(), _CHUNK), bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for chunk in bits.split(_CHUNK):
         total = total * 31 + (chunk.to(torch.int64) * weights[: chunk.numel()]).sum()
     return total
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Return odd numbers, int64, scattered by the steps of a hash (Steele et al. 2014)."""
+    numbers = torch.arange(1, count + 1, device=device) * -7046029254386353131
+    return (numbers ^ (numbers >> 31)) * -4658895280553007687 | 1
 
 
 def replicated(side: SideEngine) -> Iterator[tuple[str, Tensor]]:
@@ -49,8 +56,7 @@ def difference(sides: Sides) -> str | None:
     """Return None where all ranks hold the same, or which do not and the first tensor that differs. Collective."""
     sums = {f"the {side}'s {name}": checksum(tensor) for side in sides for name, tensor in replicated(sides[side])}
     every = torch.stack(list(sums.values()))
-    weights = torch.arange(1, 2 * len(every), 2, device=every.device)
-    if len({*_rows(gather_numbers((every * weights).sum().reshape(1)))}) == 1:
+    if len({*_rows(gather_numbers(checksum(every).reshape(1)))}) == 1:
         return None
     found = _rows(gather_numbers(every))
     hosts = gather_texts(socket.gethostname())

@@ -67,15 +67,15 @@ class Reporter:
         self.meter.begin()
         self.pace.begin()
 
-    def note(self, step: Step, number: int, images_seen: int, batches: Sequence[Batch | LabelledBatch]) -> None:
-        """Take in update `number`, with `images_seen` after it. Collective where a side was skipped."""
+    def note(self, step: Step, number: int, images_seen: int, batch: Batch | LabelledBatch) -> None:
+        """Take in an update, with `number` made before it and `images_seen` after it; `batch` is its last part."""
         for name, loss in step.losses.items():
             total, updates = self._losses.get(name, (torch.zeros_like(loss), 0))
             self._losses[name] = (total + loss, updates + 1)
         self.meter.end(images_seen)
         self.pace.end(step.ready)
         if not step.skipped:
-            self._collapse.note(number, batches[-1], step.heard)
+            self._collapse.note(number, batch, step.heard)
 
     def note_skipped(self, step: Step, number: int, images_seen: int, keys: Mapping[str, Sequence[str]]) -> None:
         """Tell of an update that was dropped on some side, and of whose numbers were not finite. Collective.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2i_dist import assembly, engines
+from i2i_dist import assembly, engines, replicas
 from i2i_dist.checkpoint import directory_name
 from i2i_dist.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from i2i_dist.distributed import barrier, rank_and_world
@@ -155,6 +156,7 @@ def engine_run(
             seen = step * global_batch(method)
             done = update(method, sides, batches, pools, seed=SEED, number=step, images_seen=seen)
         skipped.append(done.skipped)
+    assert replicas.difference(sides) is None
     return whole(sides, "exp_avg" if adam else "param"), skipped
 
 
@@ -210,6 +212,21 @@ def what_deepspeed_does() -> dict[str, Any]:
         "timeout": reduction_group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
         "rates": [side.set_learning_rate(factor) for factor in (1.0, 0.5, 0.0)],
     }
+
+
+def drifted(stage: int) -> list[str | None]:
+    """Run on every rank: what is said when a bit of rank 1 is another, of a buffer and then of a weight before it."""
+    sides: Sides = {}
+    for name in SIDES:
+        module = WithBuffer()
+        groups = [ParameterGroup("all", list(module.parameters()), 0.1, (0.9, 0.999))]
+        sides[name] = SideEngine(module, groups, Layout(1, 1, rank_and_world()[1], stage), torch.device("cpu"))
+    found = [replicas.difference(sides)]
+    for tensor in (module.memory, module.slow.data):
+        if rank_and_world()[0] == 1:
+            tensor.view(torch.int32)[1] ^= 1
+        found.append(replicas.difference(sides))
+    return found
 
 
 class Bounded(torch.nn.Module):
@@ -334,6 +351,7 @@ def matrix(directory: str) -> dict[str, Any]:
     for stage in STAGES:
         pairs = zip(bounded_run(stage), bounded_loop(), strict=True)
         results[f"bounded {stage}"] = [float((one - other).abs().max()) for one, other in pairs]
+        results[f"drifted {stage}"] = drifted(stage)
     largest, engines._LARGEST_BUCKET = engines._LARGEST_BUCKET, 900  # elements; some parameters have more
     plain = plain_run("cyclegan", range(STEPS))
     for stage in STAGES[1:]:
@@ -426,6 +444,16 @@ def test_nothing_is_clipped_that_nobody_asked_to_clip(results: dict[str, Any]) -
 def test_buffers_start_equal_on_all_ranks(results: dict[str, Any]) -> None:
     assert results["deepspeed"]["buffer"] == [1.0, 1.0]
     assert results["deepspeed"]["buffers where nobody broadcasts"] == ([1.0, 1.0], [2.0, 2.0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_other_bit_on_one_rank_is_found_at_every_stage(results: dict[str, Any], stage: int) -> None:
+    none, buffer, weight = results[f"drifted {stage}"]
+    host = socket.gethostname()
+    ranks = f"ranks 0 ({host}) and 1 ({host}) differ, and no majority tells which is right"
+    assert none is None
+    assert buffer == f"the discriminator's memory is not the same on all ranks: {ranks}"
+    assert weight == f"the discriminator's slow is not the same on all ranks: {ranks}"
 
 
 def test_gradient_collectives_follow_the_timeout(results: dict[str, Any]) -> None:
