@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from prometheus_client import generate_latest
+from torch import nn
 
 from i2i_dist import loop, reporter, run_directory
 from i2i_dist.data import reader
@@ -47,17 +48,20 @@ def nan_from_update_5() -> None:
     _before_updates(lambda number, sides, batches: _spoil(batches) if number >= 5 else None)
 
 
-def nan_in_updates_3_and_4() -> None:
-    _before_updates(lambda number, sides, batches: _spoil(batches) if number in (3, 4) else None)
-
-
-def nan_in_a_gradient_of_update_3() -> None:
-    """Of a weight of the generator; all losses are finite."""
+def nan_in_update_3_and_in_a_gradient_of_update_4() -> None:
+    """The losses of update 4 are finite."""
 
     def change(number: int, sides: Any, batches: Any) -> None:
         if number == 3:
-            weight = next(sides["generator"].module.parameters())
-            handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("nan"))[1])
+            _spoil(batches)
+        if number == 4:
+            layer = next(one for one in sides["generator"].module.modules() if isinstance(one, nn.Conv2d))
+
+            def spoil(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+                handle.remove()
+                output.register_hook(lambda gradient: gradient * float("nan"))
+
+            handle = layer.register_forward_hook(spoil)
 
     _before_updates(change)
 

@@ -89,7 +89,7 @@ def bad_updates(run: Path) -> list[dict[str, Any]]:
 def test_numbers_that_stay_not_finite_end_the_run_with_good_checkpoints(dclgan: Path, tmp_path: Path) -> None:
     more = settings(train__max_bad_updates=4)
     words = ["--config", str(dclgan), *EVERY_UPDATE, *more, "--run", str(tmp_path / "run")]
-    codes, (text, other) = finish(start_ranks(2, words, tmp_path / "log", hooks=["nan_from_update_5", ""]))
+    codes, (text, other) = finish(start_ranks(2, words, tmp_path / "log", hooks=["", "nan_from_update_5"]))
     assert codes == [1, 1], text
     assert "train.py: 4 updates in a row had a loss or gradient that is not finite" in text
     assert "Traceback" not in text + other
@@ -97,14 +97,16 @@ def test_numbers_that_stay_not_finite_end_the_run_with_good_checkpoints(dclgan: 
     assert_good(tmp_path / "run", names(8, 10))  # neither written nor pushed out while the numbers were bad
     assert rows(tmp_path / "run")[-1]["images_seen"] == 18
     dumped = bad_updates(tmp_path / "run")
-    assert [(row["update"], row["images_seen"], row["rank"]) for row in dumped] == [(n, 2 * n, 0) for n in (6, 7, 8, 9)]
+    assert [(row["update"], row["images_seen"], row["rank"]) for row in dumped] == [(n, 2 * n, 1) for n in (6, 7, 8, 9)]
     assert all(row["met"] == ["discriminator"] and row["skipped"] == ["generator", "discriminator"] for row in dumped)
     assert all(set(row["losses"]) == {"critic_a", "critic_b"} for row in dumped)
-    assert all(row["losses"]["critic_b"] is None and "losses.critic_b" in row["nonfinite"] for row in dumped)
+    assert "bad_updates.jsonl names the samples" in text
     for row in dumped:
+        bad = [name for name, loss in row["losses"].items() if loss is None]
+        assert "critic_a" in bad and row["nonfinite"] == [f"losses.{name}" for name in bad]
         (a,), (b,) = row["keys"]["a"], row["keys"]["b"]
-        said = f"Update {row['update']}: rank 0 met a loss that is not finite (critic_b); its samples: a {a}, b {b}."
-        assert text.count(said) == 1
+        said = f"rank 1 met a loss that is not finite ({', '.join(bad)}); its samples: a {a}, b {b}."
+        assert text.count(f"Update {row['update']}: {said}") == 1
         assert re.fullmatch(r"0000[0-5]\.png", a) and re.fullmatch(r"0000[0-5]\.png", b)
 
 
@@ -114,20 +116,25 @@ def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, t
         start(
             [*words, *settings(output__log_every_images=every), "--run", str(tmp_path / name)],
             tmp_path / f"{name}_log",
-            hook="nan_in_updates_3_and_4",
+            hook="nan_in_update_3_and_in_a_gradient_of_update_4",
         )
         for name, every in (("run", 6), ("fine", 2))
     )
     assert (run.wait(), fine.wait()) == (0, 0), run.text
-    assert run.text.count("is not finite at image") == 4  # two sides, two updates
-    assert [row["update"] for row in bad_updates(tmp_path / "run")] == [4, 5]
+    assert run.text.count("is not finite at image") == 3  # of two sides, and of the generator alone
+    first, second = bad_updates(tmp_path / "run")
+    assert (first["update"], first["met"], second["update"], second["met"]) == (4, ["discriminator"], 5, ["generator"])
+    assert second["nonfinite"] == [] and second["skipped"] == ["generator"] and "gan_ab" in second["losses"]
+    said = "Update 5: rank 0 met a gradient of the generator that is not finite, its losses being so; its samples: a 0"
+    assert run.text.count(said) == 1
     assert_good(tmp_path / "run", names(12, 16, 24))
 
     one_by_one = [row["losses"] for row in rows(tmp_path / "fine")]
     first, second, *_ = (row["losses"] for row in rows(tmp_path / "run"))
     for name, mean in first.items():
         assert mean == pytest.approx(sum(losses[name] for losses in one_by_one[:3]) / 3, rel=1e-5)
-    assert second["gan_ab"] == one_by_one[5]["gan_ab"]  # the only update of the three that came as far
+    came_as_far = [one_by_one[number]["gan_ab"] for number in (4, 5)]  # the third ended with the critics' turn
+    assert second["gan_ab"] == pytest.approx(sum(came_as_far) / 2, rel=1e-5)
     assert second["critic_b"] is None
 
 
