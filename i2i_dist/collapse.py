@@ -106,7 +106,8 @@ def _branch(slopes: dict[int, Tensor], wanted: Callable[[Tensor], bool]) -> Call
         place = next(places)
 
         def note(gradient: Tensor) -> None:
-            slope = torch.linalg.vector_norm(gradient, dtype=torch.float32) * math.sqrt(gradient.numel())
+            exact = torch.promote_types(gradient.dtype, torch.float32)
+            slope = torch.linalg.vector_norm(gradient, dtype=exact) * math.sqrt(gradient.numel())
             slopes[place] = slopes[place] + slope if place in slopes else slope
 
         own = tensor.view_as(tensor)  # what passes here alone: the tensor may be used elsewhere too

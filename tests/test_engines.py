@@ -190,6 +190,9 @@ class WithBuffer(torch.nn.Module):
         self.weight, self.slow = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
         self.register_buffer("memory", torch.full((2,), float(rank_and_world()[0] + 1)))
 
+    def forward(self) -> Tensor:
+        return self.weight.sum() + self.slow.sum()
+
 
 def what_deepspeed_does() -> dict[str, Any]:
     """Run on every rank: what engines.py settles because DeepSpeed would do it otherwise."""
@@ -221,6 +224,8 @@ def drifted(stage: int) -> list[str | None]:
         module = WithBuffer()
         groups = [ParameterGroup("all", list(module.parameters()), 0.1, (0.9, 0.999))]
         sides[name] = SideEngine(module, groups, Layout(1, 1, rank_and_world()[1], stage), torch.device("cpu"))
+        sides[name].backward(sides[name](), last=True)
+        sides[name].step(skip=False)  # from where on ZeRO 3 has small parameters whole
     found = [replicas.difference(sides)]
     for tensor in (module.memory, module.slow.data):
         if rank_and_world()[0] == 1:
