@@ -55,6 +55,8 @@ def replicated(side: SideEngine) -> Iterator[tuple[str, Tensor]]:
 def difference(sides: Sides) -> str | None:
     """Return None where all ranks hold the same, or which do not and the first tensor that differs. Collective."""
     sums = {f"the {side}'s {name}": checksum(tensor) for side in sides for name, tensor in replicated(sides[side])}
+    if not sums:  # at ZeRO 3 without small parameters and buffers every element is held once
+        return None
     every = torch.stack(list(sums.values()))
     if len({*_rows(gather_numbers(checksum(every).reshape(1)))}) == 1:
         return None
