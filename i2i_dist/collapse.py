@@ -16,9 +16,9 @@ change, to first order, if all those values moved by 1.
   verdicts. 0 leaves them nothing to learn: they tell all real pictures from all that are made.
 
 Adversarial losses of all kinds ask for verdicts that differ by about 1, and pictures are in [-1, 1], so slopes have no
-scale of their own; the weight of a loss is part of them. All are means over the updates in which the generator has
-trained since they were last asked for. None needs a memory of what was normal once, so that they mean the same after a
-resume.
+scale of their own; the weight of a loss is part of them. All are means over what was measured since they were last
+asked for: every fourth update in which the generator trains. None needs a memory of what was normal once, so that they
+mean the same after a resume.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.method import Gauge, Judge
 
 WARM_UP = 200  # updates since the run's first start before anything is too low
+EVERY = 4  # updates of the generator: of which one is measured, so that this costs nothing worth measuring
 LOWEST_SPREAD, LOWEST_CHANGE = 0.05, 0.02
 
 _SPREAD = (
@@ -147,7 +148,8 @@ class Collapse:
 
     def __init__(self) -> None:
         self._warm, self._fakes = False, dict[str, _Domain]()
-        self._last: dict[str, Tensor] = {}  # the last picture [1, 3, H, W] of each kind
+        self._noted = 0  # updates in which the generator trained
+        self._before: dict[str, Tensor] = {}  # pictures of the last of them
         self._clear()
 
     def _clear(self) -> None:
@@ -156,7 +158,7 @@ class Collapse:
 
     @torch.no_grad()
     def note(self, number: int, batch: Batch | LabelledBatch, heard: Listener) -> None:
-        """Take in an update in which all numbers were finite.
+        """Take in an update in which all numbers were finite; one in `EVERY` is measured.
 
         Args:
             number: Updates made before it, since the run's first start.
@@ -169,14 +171,13 @@ class Collapse:
         self._warm = number >= WARM_UP
         self._fakes = {field: _domain(batch, field) for field in fakes}
         real = {name: getattr(batch, name) for place in self._fakes.values() for name in place}
-        first = not self._last
-        for name, pictures in (real | fakes).items():
-            with_last = pictures if first else torch.cat([self._last[name], pictures])
-            self._last[name] = pictures[-1:].clone()
-            if not first:
-                self._add(f"{name} apart", F.l1_loss(with_last[1:].float(), with_last[:-1].float()))
-        if first:  # of batch 1 there are no two pictures yet
+        before, self._before = self._before, real | fakes
+        self._noted += 1
+        if self._noted % EVERY != 2:  # the second is the first with one before it
             return
+        for name, pictures in self._before.items():
+            succession = torch.cat([before[name][-1:], pictures]).float()
+            self._add(f"{name} apart", F.l1_loss(succession[1:], succession[:-1]))
         for field, made in fakes.items():
             source = real[self._fakes[field].source]
             source = source[:: len(source) // len(made)]
@@ -191,7 +192,7 @@ class Collapse:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def gauges(self) -> dict[str, Gauge]:
-        """Return what was measured since the last call; nothing where the generator has not trained."""
+        """Return what was measured since the last call, which may be nothing."""
         sums, found = self._sums, dict[str, Gauge]()
         for field, domain in self._fakes.items() if sums else ():
             spread = _ratio(sums[f"{field} apart"], sums[f"{domain.target} apart"])

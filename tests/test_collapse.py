@@ -115,11 +115,3 @@ def test_a_collapse_is_warned_of_once_after_the_warm_up(
         assert f" {name} " in lines[1] and f" {name} " in lines[2]
         found = registry.get_sample_value("i2i_train_gauge", {"name": name})
         assert found == rows[-1]["gauges"][name]
-
-
-@pytest.mark.parametrize("name", ["cyclegan", "pix2pix"])
-def test_training_that_goes_well_is_not_warned_of(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="i2i_dist"):
-        rows, _ = train(small_method(name), tmp_path, range(WARM_UP - 80, WARM_UP + 40), every=20)
-    assert not caplog.records
-    assert len(rows[-1]["gauges"]) == 2 + 2 * len(small_method(name).fakes)
