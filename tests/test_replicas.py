@@ -26,6 +26,9 @@ def test_a_checksum_tells_any_bit_and_any_order() -> None:
             seen.add(int(checksum(other)))
     assert len(seen) == 3 + 5 * 32
     assert checksum(values.view(5, 1)) == checksum(values)
+    halves = torch.tensor([0.0, 1.0]).repeat_interleave(replicas._CHUNK)
+    assert checksum(halves) != checksum(halves.flip(0))
+    assert (replicas._weights(1000, values.device) % 2 == 1).all()  # else a highest bit might count for nothing
 
 
 def test_a_checksum_tells_constants_of_any_length_apart() -> None:
