@@ -80,6 +80,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     ema_half_life_images: NotNegative = 10_000  # of the averaged generators; 0 switches the average off
     max_bad_updates: Positive = 10  # end the run after so many updates in a row with a loss or gradient not finite
+    drift_every_updates: NotNegative = 1000  # see whether all ranks still hold the same weights; 0 only before saving
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -102,6 +102,16 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_numbers(values: torch.Tensor) -> torch.Tensor:
+    """Return every rank's 1-D tensor of the same length as a row, in the order of ranks, on every rank."""
+    _, world = rank_and_world()
+    if world == 1:
+        return values[None]
+    rows = [torch.empty_like(values) for _ in range(world)]
+    dist.all_gather(rows, values)
+    return torch.stack(rows)
+
+
 def gather_texts(text: str) -> list[str]:
     """Return every rank's text, in the order of ranks, on every rank."""
     _, world = rank_and_world()

@@ -339,9 +339,13 @@ class SideEngine:
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
 
-def any_not_finite(sides: Sequence[SideEngine]) -> bool:
-    """Say whether any rank has met a loss or gradient that is not finite in any of these sides since the last call."""
-    return any_rank(torch.stack([side._watch.take() for side in sides]).sum().reshape(1))[0]
+def met_not_finite(sides: Sequence[SideEngine]) -> list[bool] | None:
+    """Return None where no rank has met a loss or gradient that is not finite in these sides since the last call.
+
+    Otherwise say of each side whether this rank has. Collective, with one wait where all is well.
+    """
+    met = torch.stack([side._watch.take() for side in sides])
+    return [bool(times) for times in met.tolist()] if any_rank(met.sum().reshape(1))[0] else None
 
 
 def repeated_blocks(module: nn.Module) -> list[RepeatedBlocks]:

@@ -6,10 +6,11 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-from i2i_dist import checkpoint, saver, stacks
+from i2i_dist import checkpoint, replicas, saver, stacks
 from i2i_dist.assembly import Run
 from i2i_dist.data.batch import Batch, LabelledBatch, to_device
 from i2i_dist.data.reader import micro_batches
@@ -21,6 +22,7 @@ from i2i_dist.retention import Scores
 from i2i_dist.saver import NOT_FINITE, Outcome, Saver
 from i2i_dist.step import Step, update
 from i2i_dist.stopping import StopRequest
+from i2i_dist.telemetry.bad_updates import FILE_NAME
 
 _ADVICE = (
     "lower the learning rate, train in fp32, or go back with --resume to an older checkpoint; those in {} hold "
@@ -34,8 +36,15 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is left on disk."""
 
 
-def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch | LabelledBatch]]:
-    """Yield this rank's micro-batches of each update, on the device."""
+class _Share(NamedTuple):
+    """This rank's micro-batches of an update, on the device, and by domain the keys of their samples."""
+
+    batches: list[Batch | LabelledBatch]
+    keys: dict[str, list[str]]
+
+
+def _shares(run: Run, reporter: Reporter) -> Iterator[_Share]:
+    """Yield this rank's share of each update."""
     hosts = micro_batches(
         run.reader,
         global_batch=run.settings.config.train.global_batch,
@@ -49,7 +58,8 @@ def _batches(run: Run, reporter: Reporter) -> Iterator[list[Batch | LabelledBatc
     while part := list(itertools.islice(hosts, run.layout.accumulation)):
         for host in part:
             reporter.note_bad_samples(host)
-        yield [to_device(host, run.device) for host in part]
+        keys = {domain: [key for host in part for key in host.keys[domain]] for domain in part[0].keys}
+        yield _Share([to_device(host, run.device) for host in part], keys)
 
 
 class _Checkpoints:
@@ -73,8 +83,13 @@ class _Checkpoints:
         return not self._saver.busy
 
     def begin(self, images_seen: int, updates: int) -> None:
-        """Begin a checkpoint. Collective."""
+        """Begin a checkpoint. Collective.
+
+        Raises:
+            TrainingError: A weight is not the same on all ranks, which no later update mends.
+        """
         begun, run = time.monotonic(), self._run
+        _check_replicas(run, images_seen)
         state = run.start._replace(images_seen=images_seen, updates=updates, scores=self._scores.take())
         self._saver.begin(state, saver.capture(run.sides, run.ema), run.pools, begun)
 
@@ -135,12 +150,24 @@ def _sample(run: Run, images_seen: int) -> None:
         _log.warning("No sample grid at image %d: %s.", images_seen, error.strerror or error)
 
 
-def _update(
-    run: Run, reporter: Reporter, batches: Iterator[list[Batch | LabelledBatch]], images_seen: int, updates: int
-) -> Step:
-    reporter.meter.begin()
+def _check_replicas(run: Run, images_seen: int) -> None:
+    """Make sure that what all ranks hold alike is the same on all of them. Collective.
+
+    Raises:
+        TrainingError: It is not.
+    """
+    if reason := replicas.difference(run.sides):
+        raise TrainingError(
+            f"at image {images_seen} {reason}. A fault of that machine's memory, device or link is likely, or other "
+            "software on it: take it out and start again. Training then goes on from the newest checkpoint, before "
+            "which all ranks were found the same"
+        )
+
+
+def _update(run: Run, reporter: Reporter, shares: Iterator[_Share], images_seen: int, updates: int) -> Step:
+    reporter.begin()
     with reporter.meter.waiting():
-        batch = next(batches)
+        share = next(shares)
     factor = run.schedule.factor(images_seen)
     reporter.rates = {
         name: rate for side in run.sides.values() for name, rate in side.set_learning_rate(factor).items()
@@ -148,7 +175,7 @@ def _update(
     train = run.settings.config.train
     pooled = {field: list(images) for field, images in run.pools.images.items()}
     step = update(
-        run.method, run.sides, batch, run.pools,
+        run.method, run.sides, share.batches, run.pools,
         seed=train.seed, number=updates, images_seen=images_seen,
     )  # fmt: skip
     images_seen += train.global_batch
@@ -156,7 +183,9 @@ def _update(
         run.pools.images = pooled
     if "generator" not in step.skipped:
         run.ema.update(images_seen, train.global_batch)
-    reporter.note(step, images_seen)
+    reporter.note(step, updates, images_seen, share.batches[-1])
+    if step.skipped:
+        reporter.note_skipped(step, updates, images_seen, share.keys)
     return step
 
 
@@ -195,22 +224,24 @@ def _train(run: Run, stop: StopRequest, reporter: Reporter, checkpoints: _Checkp
 
     if not updates:
         _sample(run, images_seen)
-    batches = _batches(run, reporter)
+    shares = _shares(run, reporter)
     wanted, stopping = False, False
     while images_seen < run.target and not stopping:
         stacks.alive()
-        step = _update(run, reporter, batches, images_seen, updates)
+        step = _update(run, reporter, shares, images_seen, updates)
         images_seen, updates = images_seen + train.global_batch, updates + 1
         bad_in_a_row = bad_in_a_row + 1 if step.skipped else 0
         # Weights that have just met a number that is not finite may be ruined: saving and stopping wait until they
         # have passed an update, or a few saves in a row would push out the last good checkpoint.
         stopping = checkpoints.stop_asked(stop) and not bad_in_a_row
+        if train.drift_every_updates and updates % train.drift_every_updates == 0:
+            _check_replicas(run, images_seen)
         if due(output.log_every_images) or stopping:
             checkpoints.write_log()
         if bad_in_a_row >= train.max_bad_updates:
             raise TrainingError(
                 f"{bad_in_a_row} updates in a row had a loss or gradient that is not finite, which training does not "
-                f"recover from by itself: {_ADVICE.format(run.settings.directory)}"
+                f"recover from by itself; {FILE_NAME} names the samples: {_ADVICE.format(run.settings.directory)}"
             )
         wanted = wanted or due(output.checkpoint_every_images)
         if wanted and checkpoints.ready and not (bad_in_a_row or stopping or images_seen >= run.target):

@@ -110,7 +110,11 @@ class Method(Protocol):
 
     @property
     def fakes(self) -> tuple[str, ...]:
-        """The fields of Outputs that the discriminator sees, detached and by way of the pool."""
+        """The fields of Outputs that the discriminator sees, detached and by way of the pool.
+
+        One whose name ends in `_a` belongs to domain A and is made from B, any other belongs to B and is made from A;
+        with labels all belong to the one domain. `i2i_dist.collapse` compares them with its pictures.
+        """
 
     @property
     def shown(self) -> tuple[str, ...]:

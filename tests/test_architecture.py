@@ -14,7 +14,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), ROOT
 
 # A part imports itself and parts of earlier tiers, never a neighbour of its own tier.
 TIERS = [
-    {"draws", "distributed", "exit_codes", "processes", "stacks"},
+    {"draws", "distributed", "exit_codes", "processes", "stacks", "pace"},
     {"supervise"},
     {"stopping"},
     {"config"},
@@ -24,9 +24,10 @@ TIERS = [
     {"networks", "losses"},
     {"schedules", "pool"},
     {"method"},
-    {"methods"},
+    {"methods", "collapse"},
     {"engines"},
     {"ema", "step", "memory"},
+    {"replicas"},
     {"telemetry", "checkpoint", "styles"},
     {"run_directory", "sampling", "saver"},
     {"assembly", "translate", "convert"},

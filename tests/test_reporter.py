@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from i2i_dist import reporter as reporter_module
+from i2i_dist.collapse import Listener
+from i2i_dist.data.batch import Batch
 from i2i_dist.method import Gauge
+from i2i_dist.pace import moment
 from i2i_dist.reporter import Reporter
 from i2i_dist.step import Step
 
+NO_BATCH = Batch(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)
 VALUES = [0.5, 0.04, 0.03, 0.06, 0.05, 0.01]
 
 
@@ -31,10 +35,10 @@ class Watched:
         return {"spread": Gauge(self.value, 0.05, "it is stuck; free it")}
 
 
-def reporter(method: Any, directory: Path, rank: int = 0) -> Reporter:
+def reporter(method: Any, directory: Path, rank: int = 0, world: int = 2) -> Reporter:
     run = SimpleNamespace(
         method=method, target=100, device=torch.device("cpu"), layout=SimpleNamespace(precision="fp32"),
-        ranks=SimpleNamespace(rank=rank, world=2),
+        ranks=SimpleNamespace(rank=rank, world=world),
         start=SimpleNamespace(images_seen=0, updates=0, dataset={"a": {}, "b": {}}, config={"method": {"name": "x"}}),
         settings=SimpleNamespace(
             directory=directory, config=SimpleNamespace(output=SimpleNamespace(metrics_port=None))
@@ -60,8 +64,9 @@ def run_through(one: Reporter, method: Any) -> None:
     for number, value in enumerate(VALUES, start=1):
         if isinstance(method, Watched):
             method.value.fill_(value / 1.5)
-        one.meter.begin()
-        one.note(Step({"gan": torch.tensor(float(number)), "cycle": torch.tensor(2.0)}, ()), images_seen=number)
+        one.begin()
+        losses = {"gan": torch.tensor(float(number)), "cycle": torch.tensor(2.0)}
+        one.note(Step(losses, (), (), Listener(()), moment(torch.device("cpu"))), number - 1, number, NO_BATCH)
         one.write()
 
 
@@ -80,7 +85,8 @@ def test_a_gauge_is_told_each_time_it_falls_below_its_lowest(
     found = one.metrics.registry.get_sample_value("i2i_train_gauge", {"name": "spread"})
     assert found == pytest.approx(VALUES[-1])
     lines = [record for record in caplog.records if "update" in record.getMessage()]
-    assert "cycle 3 gan 1.5 spread 0.5 |" in lines[0].getMessage()
+    assert "cycle 3 gan 1.5 |" in lines[0].getMessage()  # a gauge is shown while it is low
+    assert "cycle 3 gan 3 spread 0.04 |" in lines[1].getMessage()
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warned == [f"spread is {value}, below 0.05: it is stuck; free it." for value in ("0.04", "0.01")]
 

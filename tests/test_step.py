@@ -51,7 +51,7 @@ class Game:
 
     def discriminator_loss(self, batch: Batch, outputs: Outputs, judge: Any, images_seen: int) -> dict[str, Tensor]:
         self.seen.append(outputs)
-        return {"critic": (judge.module.factor * outputs.fake).mean()}
+        return {"critic": (self.discriminator.factor * outputs.fake).mean()}
 
 
 def play(game: Any, number: int, parts: int, pools: ImagePools | None = None) -> tuple[Step, dict[Any, Any]]:
@@ -97,7 +97,7 @@ def test_only_the_critics_step_is_dropped_where_there_is_no_other() -> None:
     sides: Any = {"generator": generator, "discriminator": bad}
     for number, dropped in ((0, ("discriminator",)), (2, ("generator", "discriminator"))):
         step = update(game, sides, [batch], ImagePools((), 0, 0), seed=0, number=number, images_seen=0)  # type: ignore[arg-type]
-        assert step.skipped == dropped
+        assert step.skipped == dropped and step.met == ("discriminator",)
     assert seen == [True, True] and generator.steps == 0
 
 

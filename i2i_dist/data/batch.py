@@ -36,6 +36,7 @@ class HostBatch(NamedTuple):
         positions: int64 `[N]`, the global positions of the samples.
         update_position: Global position of the update's first sample.
         bad: The samples that were replaced while this micro-batch was read.
+        keys: For each domain the keys of the samples, of substitutes where there are some.
         labels: Of the stream "labelled", uint8 `[N, L]` of 0 and 1, the samples' labels.
         others: Of the stream "labelled", uint8 `[N, L]`, for each sample the labels of another one.
     """
@@ -44,6 +45,7 @@ class HostBatch(NamedTuple):
     positions: Tensor
     update_position: int
     bad: tuple[BadSample, ...]
+    keys: dict[str, list[str]]
     labels: Tensor | None = None
     others: Tensor | None = None
 

@@ -93,6 +93,7 @@ class Reader:
         side = self._transform.crop_size
         bad: list[BadSample] = []
         images = {domain: np.empty((len(positions), side, side, 3), dtype=np.uint8) for domain in self._sources}
+        keys: dict[str, list[str]] = {domain: [] for domain in self._sources}
         samples: list[int] = []
         for group in self._groups[stream]:
             for row, position in enumerate(positions):
@@ -101,8 +102,9 @@ class Reader:
                 for domain, image in usable.items():
                     picture = self._transform(image, seed=self._seed, draw=group.name, position=position)
                     images[domain][row] = picture
+                    keys[domain].append(self._sources[domain].keys[sample])
         pixels = {domain: torch.from_numpy(stack) for domain, stack in images.items()}
-        batch = HostBatch(pixels, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad))
+        batch = HostBatch(pixels, torch.tensor(positions, dtype=torch.int64), update_position, tuple(bad), keys)
         if self._labelled is None or stream != "labelled":
             return batch
         labels = np.stack([self._labelled.label(sample) for sample in samples])

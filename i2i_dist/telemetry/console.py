@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +85,13 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in rows.items())
 
 
-def progress_line(record: UpdateRecord) -> str:
-    """Return the line of one log point: position, losses and gauges by name, rates, speed, memory, time to go."""
-    losses = " ".join(f"{name} {_number(value)}" for name, value in (record.losses | record.gauges).items())
+def progress_line(record: UpdateRecord, low: Collection[str] = ()) -> str:
+    """Return the line of one log point: position, losses by name, rates, speed, memory, time to go.
+
+    Of the gauges it shows those named in `low`, which are lower than they should be.
+    """
+    shown = record.losses | {name: record.gauges[name] for name in sorted(low)}
+    losses = " ".join(f"{name} {_number(value)}" for name, value in shown.items())
     position = f"img {_count(record.images_seen)}/{_count(record.target_images)}  update {record.update}"
     return " | ".join(
         [
@@ -215,7 +219,7 @@ class Meter:
         Args:
             losses: By name, their means over these updates; NaN and infinity are allowed.
             learning_rates: By parameter group, those of the last update.
-            gauges: By name, what the method watched in the last update.
+            gauges: By name, what is watched beside the losses.
             memory_bytes: What the process takes.
 
         Raises:

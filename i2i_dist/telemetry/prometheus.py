@@ -85,9 +85,7 @@ class Metrics:
         self._learning_rate = Gauge(
             "i2i_train_learning_rate", "Learning rate of a parameter group.", ["group"], registry=registry
         )
-        self._gauge = Gauge(
-            "i2i_train_gauge", "What the method watches beside its losses.", ["name"], registry=registry
-        )
+        self._gauge = Gauge("i2i_train_gauge", "What is watched beside the losses.", ["name"], registry=registry)
         self._skipped = Counter(
             "i2i_train_skipped_updates_total", "Updates of a side that were not applied.", ["side"], registry=registry
         )
@@ -105,6 +103,16 @@ class Metrics:
             registry=registry,
         )
         self._last_update.set_to_current_time()
+        # The slowest alone: a series for each of thousands of ranks would be too many.
+        self._slowest_rank = Gauge(
+            "i2i_train_slowest_rank", "The rank that works slowest by itself.", registry=registry
+        )
+        self._slowest_score = Gauge(
+            "i2i_train_slowest_rank_score",
+            "How fast the slowest rank works by itself: 1 is as fast as the others.",
+            registry=registry,
+        )
+        self._slowest_score.set(1.0)
         self._data_wait = Counter(
             "i2i_data_wait_seconds_total", "Time that updates spent waiting for data.", registry=registry
         )
@@ -156,6 +164,8 @@ class Metrics:
             self._learning_rate.labels(group).set(rate)
         for name, value in record.gauges.items():
             self._gauge.labels(name).set(value)
+        self._slowest_rank.set(record.slowest_rank)
+        self._slowest_score.set(record.slowest_rank_score)
         self._memory.labels(memory_kind()).set(record.memory_bytes)
         self._last_update.set_to_current_time()
 

@@ -23,7 +23,7 @@ class UpdateRecord(NamedTuple):
         update: Updates made so far, since the run's first start.
         losses: Mean of each weighted loss over the updates that computed it; may be NaN or infinite.
         learning_rates: Learning rate of each parameter group at the last update.
-        gauges: What the method has watched (see `method.Gauge`), by name, at the last update; empty for most methods.
+        gauges: What is watched beside the losses (see `method.Gauge`), by name.
         images_per_second: Images per second of update time, over all ranks.
         seconds_per_update: Mean duration of an update.
         data_wait_share: Part of the update time spent waiting for data, in [0, 1].
@@ -31,6 +31,8 @@ class UpdateRecord(NamedTuple):
         update_seconds: Duration of each update, in order.
         memory_bytes: See `memory_bytes`.
         eta_seconds: Expected time to the end of the run; infinite while no image has been seen.
+        slowest_rank: The rank that works slowest by itself (see `i2i_dist.pace`).
+        slowest_rank_score: Its score: 1 is as fast as the others, and what a run of one rank has.
     """
 
     images_seen: int
@@ -46,6 +48,8 @@ class UpdateRecord(NamedTuple):
     update_seconds: tuple[float, ...]
     memory_bytes: int
     eta_seconds: float
+    slowest_rank: int = 0
+    slowest_rank_score: float = 1.0
 
 
 def memory_kind() -> str:

@@ -135,6 +135,23 @@ def test_broken_images_are_named_and_replaced_alike_at_every_world_size(tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_keys_name_the_pictures_that_are_shown_and_of_broken_ones_their_substitutes(
+    tmp_path: Path, workers: int
+) -> None:
+    break_images(tmp_path)
+    (batches,) = run(reader_of(tmp_path, transform=JITTER), 1, micro=4, workers=workers)
+    seen: dict[str, set[str]] = {"a": set(), "b": set()}
+    for batch in batches:
+        for domain, keys in batch.keys.items():
+            for key, image, position in zip(keys, batch.images[domain], batch.positions.tolist(), strict=True):
+                picture = decode_image((tmp_path / f"train{domain.upper()}" / key).read_bytes())
+                shown = JITTER(picture, seed=5, draw=domain, position=position)
+                np.testing.assert_array_equal(image.numpy(), shown)
+            seen[domain].update(keys)
+    assert seen == {"a": {f"00{n}.png" for n in (0, 1, 2, 4, 5, 6)}, "b": {f"00{n}.png" for n in range(5)}}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_domain_without_usable_images_ends_training_with_its_name(tmp_path: Path, workers: int) -> None:
     write_folder(tmp_path / "trainA", 3)
     (tmp_path / "trainB").mkdir()
@@ -188,7 +205,7 @@ class _SignalProbe(Reader):
     ) -> HostBatch:
         ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
         facts = torch.tensor([*ignored, torch.get_num_threads() == 1])
-        return HostBatch({"a": facts}, torch.tensor([os.getpid()]), update_position, ())
+        return HostBatch({"a": facts}, torch.tensor([os.getpid()]), update_position, (), {})
 
 
 def test_workers_leave_signals_to_the_parent(root: Path) -> None:

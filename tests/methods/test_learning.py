@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from i2i_dist.collapse import WARM_UP, Collapse
 from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.data.synthetic import hidden_map, scene, score
 from i2i_dist.draws import generator
 from i2i_dist.method import Labelled, Losses
 from i2i_dist.methods import METHODS, resolve
 from i2i_dist.pool import ImagePools
-from i2i_dist.step import update
+from i2i_dist.step import Step, update
 from i2i_dist.telemetry.samples import to_uint8
 from tests.methods.cases import CASES
 from tests.methods.cases.common import SIZE
@@ -106,6 +107,20 @@ def error(method: Any, pictures: _Pixels) -> dict[str, float]:
         return score(to_uint8(method.translate(normalised(pictures), "a_to_b")), pictures)
 
 
+class Watch:
+    """Sees that training which goes well is not called a collapse, in its second half."""
+
+    def __init__(self, updates: int) -> None:
+        self.collapse, self.first = Collapse(), WARM_UP - updates // 2
+
+    def note(self, number: int, batch: Batch | LabelledBatch, step: Step) -> None:
+        self.collapse.note(self.first + number, batch, step.heard)
+        if number % 20 == 19:
+            gauges = self.collapse.gauges()
+            low = {name: float(gauge.value) for name, gauge in gauges.items() if gauge.value < gauge.lowest}
+            assert not low
+
+
 def recovered(name: str, seed: int) -> float:
     """Train, and return how much of the hidden map the averaged generators know."""
     method, (a, b), test = build(name, seed), training_set(name, seed), scenes(seed, "test", TEST_PICTURES)
@@ -113,6 +128,7 @@ def recovered(name: str, seed: int) -> float:
     average, sides = copy.deepcopy(method), plain_sides(method, RATE)
     pools = ImagePools(method.fakes, method.pool_size, seed)
     updates = UPDATES // len(method.directions)  # those of two directions learn twice as much from each
+    watch = Watch(updates)
     weights, averages = (list(one.generator.parameters()) for one in (method, average))
     for number in range(updates):
         rng = generator(seed, "order", number)
@@ -122,7 +138,8 @@ def recovered(name: str, seed: int) -> float:
         batch = Batch(a[of_a], b[of_b], torch.arange(BATCH) + first, first)
         for side in sides.values():
             side.set_learning_rate(min(1.0, 2 * (1 - number / updates)))
-        update(method, sides, [batch], pools, seed=seed, number=number, images_seen=first)
+        step = update(method, sides, [batch], pools, seed=seed, number=number, images_seen=first)
+        watch.note(number, batch, step)
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, max(1 - 0.5 ** (1 / HALF_LIFE), 1 / (number + 1)))
     for kept, live in zip(average.generator.buffers(), method.generator.buffers(), strict=True):
@@ -151,11 +168,13 @@ def test_pictures_are_made_as_the_label_says(name: str) -> None:
     pictures, test = (shaded(normalised(scenes(0, *drawn))) for drawn in (("a", PICTURES), ("test", TEST_PICTURES)))
     sides, pools = plain_sides(method, LABELLED_RATE), ImagePools((), 0, 0)
     assert float(effects(method, test).abs().max()) < 0.1 * GAP
+    watch = Watch(LABELLED_UPDATES)
     for number in range(LABELLED_UPDATES):
         batch = labelled_batch(method, pictures, number, generator(0, "order", number))
         for side in sides.values():
             side.set_learning_rate(min(1.0, 2 * (1 - number / LABELLED_UPDATES)))
-        update(method, sides, [batch], pools, seed=0, number=number, images_seen=batch.update_position)
+        step = update(method, sides, [batch], pools, seed=0, number=number, images_seen=batch.update_position)
+        watch.note(number, batch, step)
     assert float(effects(method, test).min()) >= SHARE * GAP
 
 

@@ -57,11 +57,16 @@ def test_progress_line() -> None:
         ({"eta_seconds": math.inf}, "| eta unknown"),
         ({"eta_seconds": 90_061.0}, "| eta 1d 01:01:01"),
         ({"losses": {}}, "update 500 | lr"),
-        ({"losses": {"G": 1.0}, "gauges": {"spread": 0.0371}}, "update 500  G 1 spread 0.0371 | lr"),
+        ({"losses": {"G": 1.0}, "gauges": {"spread": 0.0371}}, "update 500  G 1 | lr"),
     ],
 )
 def test_progress_line_in_corners(change: dict[str, object], part: str) -> None:
     assert part in progress_line(RECORD._replace(**change))
+
+
+def test_progress_line_shows_gauges_that_are_low() -> None:
+    record = RECORD._replace(losses={"G": 1.0}, gauges={"spread": 0.0371, "change": 0.8})
+    assert "update 500  G 1 spread 0.0371 | lr" in progress_line(record, {"spread"})
 
 
 def test_plan_text() -> None:

@@ -12,7 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from i2i_dist import loop, plan, publishing, run_directory, stopping
+import torch
+from prometheus_client import generate_latest
+from torch import nn
+
+from i2i_dist import loop, plan, publishing, reporter, run_directory, stopping
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 from i2i_dist.saver import Saver
@@ -110,8 +114,61 @@ def nan_from_update_5() -> None:
     _before_updates(lambda number, sides, batches: _spoil(batches) if number >= 5 else None)
 
 
-def nan_in_updates_3_and_4() -> None:
-    _before_updates(lambda number, sides, batches: _spoil(batches) if number in (3, 4) else None)
+def nan_in_update_3_and_in_a_gradient_of_update_4() -> None:
+    """The losses of update 4 are finite."""
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if number == 3:
+            _spoil(batches)
+        if number == 4:
+            layer = next(one for one in sides["generator"].module.modules() if isinstance(one, nn.Conv2d))
+
+            def spoil(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+                handle.remove()
+                output.register_hook(lambda gradient: gradient * float("nan"))
+
+            handle = layer.register_forward_hook(spoil)
+
+    _before_updates(change)
+
+
+EQUAL, SLOW = 17, 28  # updates: before EQUAL ranks work equally long; then one is slow, and at SLOW a weight is another
+
+
+def _keep_the_metrics() -> None:
+    """Leave in the run's directory what a last scrape would find."""
+    real = reporter.Reporter.close
+
+    def close(self: Any) -> None:
+        if self.metrics is not None:
+            (self.stats.path.parent / "metrics.txt").write_bytes(generate_latest(self.metrics.registry))
+        real(self)
+
+    reporter.Reporter.close = close  # type: ignore[method-assign]
+
+
+def steady_while_the_clock_is_set_back() -> None:
+    """Every update takes a while of its own; in the third an hour is taken from the clock."""
+    real = time.time
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        time.sleep(0.2)
+        if number == 3:
+            time.time = lambda: real() - 3600.0
+
+    _keep_the_metrics()
+    _before_updates(change)
+
+
+def slow_and_then_with_another_weight() -> None:
+    def change(number: int, sides: Any, batches: Any) -> None:
+        time.sleep(0.2 if number < EQUAL else 0.8)
+        if number == SLOW:
+            name, weight = list(sides["generator"].module.named_parameters())[5]
+            weight.data.view(-1).view(torch.int32)[0] ^= 1 << 12
+            print(f"another weight: {name}.", flush=True)
+
+    _before_updates(change)
 
 
 def error_at_update_3() -> None:

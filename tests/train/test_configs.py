@@ -13,6 +13,7 @@ import pytest
 
 from i2i_dist import config
 from i2i_dist.checkpoint import directory_name
+from i2i_dist.method import Gauged
 from i2i_dist.methods import METHODS, resolve
 from tests.methods.cases import CASES
 from tests.methods.cases.common import SIZE
@@ -84,9 +85,11 @@ def test_every_configuration_trains(path: Path, data: Path, labelled_data: Path,
     found = rows(tmp_path / "run")
     assert [row["images_seen"] for row in found] == [batch, 2 * batch]
     assert all(math.isfinite(loss) for row in found for loss in row["losses"].values())
-    gauges = [row["gauges"].values() for row in found]
-    assert all(bool(values) == hasattr(METHODS[method_of(path)], "gauges") for values in gauges)
-    assert all(math.isfinite(value) for values in gauges for value in values)
+    assert all(math.isfinite(value) for row in found for value in row["gauges"].values())
+    method = small_method(method_of(path))
+    fakes = {f"{fake}_{what}" for fake in method.fakes for what in ("spread", "change")}
+    own = method.gauges().keys() if isinstance(method, Gauged) else set()
+    assert found[-1]["gauges"].keys() == {"critic_pull", "critic_doubt", *fakes, *own}
     assert "dropped" not in text
     assert checkpoints(tmp_path / "run") == [directory_name(2 * batch)]
     samples = {sheet.stem for sheet in (tmp_path / "run" / "samples").glob("*.png")}

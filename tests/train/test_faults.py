@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import resource
 import shutil
@@ -10,6 +12,7 @@ import socket
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,7 +20,7 @@ import torch
 
 from i2i_dist import checkpoint
 from tests.ranks import free_port, rank_environment
-from tests.train.hooks import FILE_LIMIT
+from tests.train.hooks import EQUAL, FILE_LIMIT, SLOW
 from tests.train.runs import checkpoints, finish, rows, settings, start, start_ranks
 
 LAST = f"images_{24:012d}"
@@ -121,16 +124,32 @@ def test_a_sample_grid_that_cannot_be_written_is_no_reason_to_end(dclgan: Path, 
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
+def bad_updates(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "bad_updates.jsonl").read_text().splitlines()]
+
+
 def test_numbers_that_stay_not_finite_end_the_run_with_good_checkpoints(dclgan: Path, tmp_path: Path) -> None:
     more = settings(train__max_bad_updates=4)
     words = ["--config", str(dclgan), *EVERY_UPDATE, *more, "--run", str(tmp_path / "run")]
-    codes, (text, other) = finish(start_ranks(2, words, tmp_path / "log", hooks=["nan_from_update_5", ""]))
+    codes, (text, other) = finish(start_ranks(2, words, tmp_path / "log", hooks=["", "nan_from_update_5"]))
     assert codes == [1, 1], text
     assert "train.py: 4 updates in a row had a loss or gradient that is not finite" in text
     assert "Traceback" not in text + other
     assert other == "", "what all ranks know is said once"
     assert_good(tmp_path / "run", 10)  # neither written nor pushed out while the numbers were bad
     assert rows(tmp_path / "run")[-1]["images_seen"] == 18
+    dumped = bad_updates(tmp_path / "run")
+    assert [(row["update"], row["images_seen"], row["rank"]) for row in dumped] == [(n, 2 * n, 1) for n in (6, 7, 8, 9)]
+    assert all(row["met"] == ["discriminator"] and row["skipped"] == ["generator", "discriminator"] for row in dumped)
+    assert all(set(row["losses"]) == {"critic_a", "critic_b"} for row in dumped)
+    assert "bad_updates.jsonl names the samples" in text
+    for row in dumped:
+        bad = [name for name, loss in row["losses"].items() if loss is None]
+        assert "critic_a" in bad and row["nonfinite"] == [f"losses.{name}" for name in bad]
+        (a,), (b,) = row["keys"]["a"], row["keys"]["b"]
+        said = f"rank 1 met a loss that is not finite ({', '.join(bad)}); its samples: a {a}, b {b}."
+        assert text.count(f"Update {row['update']}: {said}") == 1
+        assert re.fullmatch(r"0000[0-5]\.png", a) and re.fullmatch(r"0000[0-5]\.png", b)
 
 
 def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, tmp_path: Path) -> None:
@@ -139,12 +158,17 @@ def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, t
         start(
             [*words, *settings(output__log_every_images=every), "--run", str(tmp_path / name)],
             tmp_path / f"{name}_log",
-            hook="nan_in_updates_3_and_4",
+            hook="nan_in_update_3_and_in_a_gradient_of_update_4",
         )
         for name, every in (("run", 6), ("fine", 2))
     )
     assert (run.wait(), fine.wait()) == (0, 0), run.text
-    assert run.text.count("is not finite at image") == 4  # two sides, two updates
+    assert run.text.count("is not finite at image") == 3  # of two sides, and of the generator alone
+    first, second = bad_updates(tmp_path / "run")
+    assert (first["update"], first["met"], second["update"], second["met"]) == (4, ["discriminator"], 5, ["generator"])
+    assert second["nonfinite"] == [] and second["skipped"] == ["generator"] and "gan_ab" in second["losses"]
+    said = "Update 5: rank 0 met a gradient of the generator that is not finite, its losses being so; its samples: a 0"
+    assert run.text.count(said) == 1
     assert checkpoints(tmp_path / "run")[0] == f"images_{12:012d}"  # not at 8
     assert_good(tmp_path / "run", 24)
 
@@ -152,8 +176,46 @@ def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, t
     first, second, *_ = (row["losses"] for row in rows(tmp_path / "run"))
     for name, mean in first.items():
         assert mean == pytest.approx(sum(losses[name] for losses in one_by_one[:3]) / 3, rel=1e-5)
-    assert second["gan_ab"] == one_by_one[5]["gan_ab"]  # the only update of the three that came as far
+    came_as_far = [one_by_one[number]["gan_ab"] for number in (4, 5)]  # the third ended with the critics' turn
+    assert second["gan_ab"] == pytest.approx(sum(came_as_far) / 2, rel=1e-5)
     assert second["critic_b"] is None
+
+
+def test_a_slow_rank_is_named_and_kept_another_weight_ends_the_run_and_clocks_may_jump(
+    dclgan: Path, tmp_path: Path
+) -> None:
+    """Two ranks work equally long, then one is slow, then it has another weight; an hour is taken from the clock."""
+    more = settings(schedule__constant_epochs=20, train__drift_every_updates=1, output__checkpoint_every_images=40)
+    words = ["--config", str(dclgan), *more, "--run", str(tmp_path / "run")]
+    hooks = ["steady_while_the_clock_is_set_back", "slow_and_then_with_another_weight"]
+    codes, (text, other) = finish(start_ranks(2, words, tmp_path / "log", hooks=hooks))
+    found, host = rows(tmp_path / "run"), socket.gethostname()
+
+    slow = [f"Rank {rank} ({host}) works at " for rank in (0, 1)]
+    assert (text.count(slow[0]), text.count(slow[1])) == (0, 1), text
+    assert EQUAL < text[: text.index(slow[1])].count("img ") <= SLOW
+    assert found[-1]["slowest_rank"] == 1 and found[-1]["slowest_rank_score"] < 0.75
+    assert all(row["slowest_rank_score"] >= 0.75 for row in found[:EQUAL])
+
+    assert codes == [1, 1], text
+    name = re.search(r"another weight: (\S+)\.\n", other)
+    said = (
+        f"at image 58 the generator's {name and name[1]} is not the same on all ranks: ranks 0 ({host}) and 1 ({host})"
+    )
+    assert f"train.py: {said} differ" in text and "Traceback" not in text + other
+    assert found[-1]["update"] == SLOW, "the update was told of before it was found out"
+    assert_good(tmp_path / "run", 40)
+
+    back = [one["timestamp_seconds"] - two["timestamp_seconds"] for one, two in itertools.pairwise(found)]
+    assert 3500 < max(back) < 3600, "no hour was taken from the clock"
+    page = (tmp_path / "run" / "metrics.txt").read_text()
+    durations = [
+        float(line.split()[1]) for line in page.splitlines() if re.match(r"i2i_\w+_seconds(_sum|_total) ", line)
+    ]
+    assert len(durations) == 3, page
+    durations += [row[name] for row in found for name in ("seconds_per_update", "data_wait_seconds", "eta_seconds")]
+    assert all(0 <= seconds < 1800 for seconds in durations)
+    assert "eta -" not in text
 
 
 def test_state_that_is_not_finite_is_never_saved(dclgan: Path, tmp_path: Path) -> None:
