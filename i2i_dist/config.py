@@ -48,6 +48,9 @@ class DataConfig(Section):
     flip: bool = True  # mirror an image with probability 1/2
     decay_jitter: bool = False  # False: no random window once the learning rate decays, as the official code does
     workers: NotNegative = 4  # reading processes per rank; 0 reads in the training process
+    worker_timeout_seconds: Annotated[int, Field(ge=1, le=86_400)] = (
+        180  # one that gives nothing for longer is replaced
+    )
 
     @model_validator(mode="after")
     def _crop_fits(self) -> DataConfig:

@@ -34,6 +34,7 @@ class Reporter:
         self.metrics: Metrics | None = None
         self._losses: dict[str, tuple[Tensor, int]] = {}  # name -> sum, and updates that computed it
         self._bad = dict.fromkeys(sorted(start.dataset), 0)  # domain -> samples replaced since the last record
+        self._worker_restarts = 0  # since the last record
         self._named: set[tuple[str, str]] = set()
         self._gauged = run.method if isinstance(run.method, Gauged) else None
         self._low: set[str] = set()  # gauges that were below their lowest at the last record
@@ -66,17 +67,22 @@ class Reporter:
                 self._named.add((sample.domain, sample.key))
                 _log.warning("Replaced sample %s of domain %s: %s.", sample.key, sample.domain, sample.reason)
 
+    def note_worker_restart(self) -> None:
+        """Count that this rank's reading processes were replaced; the reader has told why."""
+        self._worker_restarts += 1
+
     def write(self) -> None:
         """Print, append and export what happened since the last time. Collective, for every rank has its share."""
         gauges = self._gauged.gauges() if self._gauged is not None else {}
         means = {name: total / updates for name, (total, updates) in sorted(self._losses.items())}
         watched = [gauge.value for gauge in gauges.values()]
-        bad = torch.tensor(list(self._bad.values()), dtype=torch.float32, device=self._device)
-        shared = mean_over_ranks(torch.cat([torch.stack([*means.values(), *watched]), bad])).tolist()
+        counts = [*self._bad.values(), self._worker_restarts]
+        counted = torch.tensor(counts, dtype=torch.float32, device=self._device)
+        shared = mean_over_ranks(torch.cat([torch.stack([*means.values(), *watched]), counted])).tolist()
         losses = dict(zip(means, shared[: len(means)], strict=True))
-        values = dict(zip(gauges, shared[len(means) : -len(bad)], strict=True))
+        values = dict(zip(gauges, shared[len(means) : -len(counts)], strict=True))
         record = self.meter.record(losses, self.rates, values, memory_bytes())
-        replaced = [round(share * self._ranks.world) for share in shared[-len(bad) :]]
+        *replaced, restarts = (round(share * self._ranks.world) for share in shared[-len(counts) :])
         _log.info("%s", progress_line(record))
         if self.stats is not None and self.metrics is not None:
             self.stats.append(record)
@@ -85,7 +91,8 @@ class Reporter:
             for domain, number in zip(self._bad, replaced, strict=True):
                 for _ in range(number):
                     self.metrics.bad_sample(domain)
-        self._losses, self._bad = {}, dict.fromkeys(self._bad, 0)
+            self.metrics.workers_restarted(restarts)
+        self._losses, self._bad, self._worker_restarts = {}, dict.fromkeys(self._bad, 0), 0
 
     def _warn(self, gauges: Mapping[str, Gauge], values: Mapping[str, float]) -> None:
         """Tell of gauges that have fallen below their lowest since the last record."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
+import os
 import resource
+import signal
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from i2i_dist import loop, run_directory
@@ -72,3 +78,37 @@ def another_run_directory() -> None:
     """What a rank meets on a machine with a disk of its own."""
     real = run_directory.check_shared
     run_directory.check_shared = lambda directory: real(directory / "elsewhere")
+
+
+def samples_are_noted() -> None:
+    """Append a line for each sample that an update is given, its position and a digest of its pictures, to $SAMPLES."""
+    real = loop.to_device
+
+    def noted(host: Any, device: Any) -> Any:
+        with open(os.environ["SAMPLES"], "a", encoding="utf-8") as file:
+            file.writelines(sample_lines(host))
+        return real(host, device)
+
+    loop.to_device = noted
+
+
+def sample_lines(host: Any) -> list[str]:
+    digests = [
+        hashlib.sha256(b"".join(host.images[domain][row].numpy().tobytes() for domain in "ab")).hexdigest()
+        for row in range(len(host.positions))
+    ]
+    return [f"{position} {digest}\n" for position, digest in zip(host.positions.tolist(), digests, strict=True)]
+
+
+def reading_processes_are_lost() -> None:
+    """One is killed before update 10, and one stopped before update 14; $PAGE holds the metrics before update 23."""
+    samples_are_noted()
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if fault := {10: signal.SIGKILL, 14: signal.SIGSTOP}.get(number):
+            os.kill(multiprocessing.active_children()[0].pid or 0, fault)
+        if number == 23:
+            with urllib.request.urlopen(f"http://127.0.0.1:{os.environ['PORT']}/metrics", timeout=60) as page:
+                Path(os.environ["PAGE"]).write_bytes(page.read())
+
+    _before_updates(change)
