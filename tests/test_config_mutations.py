@@ -107,7 +107,7 @@ def mutations_of_keys() -> Iterator[Mutation]:
 def mutations_of_names() -> Iterator[Mutation]:
     """In each file a section that is misspelt, one that is none, a key misspelt, and one that is needed left out."""
     for path in FILES:
-        tree, chance = whole(path), random.Random(path.name)
+        tree, chance = config.read_tree(path), random.Random(path.name)
         section = chance.choice(list(tree))
         wrong = section[:-1] + "_"
         others = {name: keys for name, keys in tree.items() if name != section}
