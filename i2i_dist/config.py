@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-_MAX_FILE_BYTES = 1 << 20  # a configuration is a page of text; anything larger is another file, or a trap
+_MAX_FILE_BYTES = 1 << 17  # a configuration is a page of text; anything larger is another file, or a trap
 
 
 class ConfigError(ValueError):
@@ -32,8 +32,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+# Limits lie far beyond what anybody trains, so that a slip of the pen is told of before networks of its size are tried.
+Positive = Annotated[int, Field(gt=0, le=10**12)]
+NotNegative = Annotated[int, Field(ge=0, le=10**12)]
+Width = Annotated[int, Field(gt=0, le=65_536)]  # channels of a layer, or numbers of a vector
+Blocks = Annotated[int, Field(gt=0, le=100)]  # one after the other
+Pixels = Annotated[int, Field(gt=0, le=16_384)]  # of a picture's side
 Weight = Annotated[float, Field(ge=0)]
 Stage = Annotated[int, Field(ge=0, le=3)]
 Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
@@ -44,10 +48,11 @@ class DataConfig(Section):
 
     root: str  # holds trainA/ trainB/ testA/ testB/: image folders of any depth, or shards written by launchers/pack.py
     load_size: Annotated[int, Field(ge=24, le=16_384)] = 286  # every image is resized to load_size x load_size
-    crop_size: Annotated[int, Field(ge=24, multiple_of=4)] = 256  # then a random crop_size x crop_size window is cut
+    crop_size: Annotated[int, Field(ge=24, le=16_384, multiple_of=4)] = 256  # then a random window of that size is cut
     flip: bool = True  # mirror an image with probability 1/2
     decay_jitter: bool = False  # False: no random window once the learning rate decays, as the official code does
-    workers: NotNegative = 4  # reading processes per rank; 0 reads in the training process
+    workers: Annotated[int, Field(ge=0, le=1_024)] = 4  # reading processes per rank; 0 reads in the training process
+    worker_timeout_seconds: Annotated[int, Field(ge=1, le=86_400)] = 180  # one silent for longer is replaced
 
     @model_validator(mode="after")
     def _crop_fits(self) -> DataConfig:

@@ -54,6 +54,8 @@ def _shares(run: Run, reporter: Reporter) -> Iterator[_Share]:
         start=run.start.images_seen,
         stop=run.target,
         workers=run.settings.config.data.workers,
+        worker_timeout_seconds=run.settings.config.data.worker_timeout_seconds,
+        restarted=reporter.note_worker_restart,
     )
     while part := list(itertools.islice(hosts, run.layout.accumulation)):
         for host in part:

@@ -44,6 +44,7 @@ class Reporter:
         self.metrics: Metrics | None = None
         self._losses: dict[str, tuple[Tensor, int]] = {}  # name -> sum, and updates that computed it
         self._bad = dict.fromkeys(sorted(start.dataset), 0)  # domain -> samples replaced since the last record
+        self._worker_restarts = 0  # since the last record
         self._named: set[tuple[str, str]] = set()
         self._bad_updates = BadUpdates(settings.directory)
         self._collapse = Collapse()
@@ -101,6 +102,10 @@ class Reporter:
                 self._named.add((sample.domain, sample.key))
                 _log.warning("Replaced sample %s of domain %s: %s.", sample.key, sample.domain, sample.reason)
 
+    def note_worker_restart(self) -> None:
+        """Count that this rank's reading processes were replaced; the reader has told why."""
+        self._worker_restarts += 1
+
     def write(self) -> UpdateRecord:
         """Print, append, export and return what happened since the last time. Collective: every rank has its share."""
         gauges = self._collapse.gauges() | dict(self._gauged.gauges() if self._gauged is not None else {})
@@ -109,6 +114,7 @@ class Reporter:
         shared = self._shared(means, watched)
         losses, values = ({name: next(shared) for name in names} for names in (means, watched))
         replaced = {domain: round(next(shared) * self._ranks.world) for domain in self._bad}
+        restarts = round(next(shared) * self._ranks.world)
         paces = scores([next(shared) * self._ranks.world for _ in range(self._ranks.world)])
         slowest = min(range(len(paces)), key=paces.__getitem__)
         record = self.meter.record(losses, self.rates, values, memory_bytes())
@@ -125,18 +131,21 @@ class Reporter:
             for domain, number in replaced.items():
                 for _ in range(number):
                     self.metrics.bad_sample(domain)
+            self.metrics.workers_restarted(restarts)
         self._low = self._low - gauges.keys() | low
-        self._losses, self._bad = {}, dict.fromkeys(self._bad, 0)
+        self._losses, self._bad, self._worker_restarts = {}, dict.fromkeys(self._bad, 0), 0
         return record
 
     def _shared(self, *numbers: Mapping[str, Tensor]) -> Iterator[float]:
-        """Return the means over ranks of numbers by name, then of `_bad`, then the part of each rank in that of paces.
+        """Return the means over ranks of numbers by name, then of what is counted, then each rank's part in that of paces.
 
         All in one collective: a number that is one rank's own is its part of a mean to which the others add nothing.
         """
         own = [0.0] * self._ranks.world
         own[self._ranks.rank] = self.pace.seconds()
-        rest = torch.tensor([*self._bad.values(), *own], dtype=torch.float32, device=self._device)
+        rest = torch.tensor(
+            [*self._bad.values(), self._worker_restarts, *own], dtype=torch.float32, device=self._device
+        )
         values = torch.stack([value for named in numbers for value in named.values()])
         return iter(mean_over_ranks(torch.cat([values, rest])).tolist())
 

@@ -87,7 +87,7 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
         code = loop(run, stop, reporter)
     finally:
         reporter.close()
-        for worker in multiprocessing.active_children():  # reading processes ignore milder words, see data/reader.py
+        for worker in multiprocessing.active_children():  # reading processes ignore milder words, see data/workers.py
             worker.kill()
     if code == STOPPED:
         alone = ranks.world == ranks.local_world

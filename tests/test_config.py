@@ -155,8 +155,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         config.load(tmp_path / "x" / "d.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(tmp_path)
-    (tmp_path / "large.yaml").write_bytes(b"#" * ((1 << 20) + 1))
-    with pytest.raises(ConfigError, match="has 1048577 bytes; a configuration has at most 1048576"):
+    (tmp_path / "large.yaml").write_bytes(b"#" * ((1 << 17) + 1))
+    with pytest.raises(ConfigError, match="has 131073 bytes; a configuration has at most 131072"):
         config.load(tmp_path / "large.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):

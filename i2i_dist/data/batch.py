@@ -49,6 +49,12 @@ class HostBatch(NamedTuple):
     labels: Tensor | None = None
     others: Tensor | None = None
 
+    def pinned(self) -> HostBatch:
+        """Return the same in pinned memory, from which a copy to the device does not block."""
+        labels, others = (None if numbers is None else numbers.pin_memory() for numbers in (self.labels, self.others))
+        images = {domain: pixels.pin_memory() for domain, pixels in self.images.items()}
+        return self._replace(images=images, labels=labels, others=others)
+
 
 class Batch(NamedTuple):
     """One micro-batch on the device.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from i2i_dist.data.batch import BadData, BadSample, HostBatch
 from i2i_dist.data.decode import decode_image
@@ -17,6 +16,7 @@ from i2i_dist.data.index import Source
 from i2i_dist.data.labels import LabelledSet
 from i2i_dist.data.order import SampleOrder
 from i2i_dist.data.transforms import Transform
+from i2i_dist.data.workers import Item, loaded
 from i2i_dist.draws import generator
 
 MAX_ATTEMPTS = 100  # failures in a row that mean the data set is broken, not a sample
@@ -154,11 +154,7 @@ class _Group(NamedTuple):
     order: _Order
 
 
-class _Failure(str):
-    """A worker's message to the user; sent as a value because torch would bury an exception under a traceback."""
-
-
-class _MicroBatches(Dataset[HostBatch | _Failure]):
+class _MicroBatches(Dataset[Item]):
     """The micro-batches of one rank, by number."""
 
     def __init__(
@@ -172,7 +168,7 @@ class _MicroBatches(Dataset[HostBatch | _Failure]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> HostBatch | _Failure:
+    def __getitem__(self, number: int) -> Item:
         update, part = divmod(number, self._share // self._micro)
         update_position = self._start + update * self._global
         first = self._first + part * self._micro
@@ -182,7 +178,7 @@ class _MicroBatches(Dataset[HostBatch | _Failure]):
         try:
             return self._reader.read(positions, update_position, streams[stream], turn * self._global + first)
         except ValueError as error:
-            return _Failure(error)
+            return str(error)  # torch would bury an exception of a worker under a traceback
 
 
 def micro_batches(
@@ -195,6 +191,8 @@ def micro_batches(
     start: int,
     stop: int,
     workers: int,
+    worker_timeout_seconds: float = 180.0,
+    restarted: Callable[[], None] = lambda: None,
 ) -> Iterator[HostBatch]:
     """Yield one rank's micro-batches, `global_batch / world / micro_batch` for each update, in order.
 
@@ -210,10 +208,14 @@ def micro_batches(
         world: Number of ranks.
         start: Images seen so far, a multiple of `global_batch`.
         stop: Images seen at the end, a multiple of `global_batch`.
-        workers: Processes that read ahead; 0 reads in this process. They change nothing in what is yielded.
+        workers: Processes that read ahead; 0 reads in this process. They change nothing in what is yielded, even where
+            they are killed or hang: see `i2i_dist.data.workers`.
+        worker_timeout_seconds: How long a micro-batch may take a worker before it counts as hanging.
+        restarted: Called each time that the workers are replaced.
 
     Raises:
-        ValueError: The sizes do not fit together, or too many samples in a row are broken.
+        ValueError: The sizes do not fit together, too many samples in a row are broken, or the workers are lost again
+            and again.
     """
     if global_batch % (world * micro_batch):
         raise ValueError(
@@ -226,35 +228,13 @@ def micro_batches(
             f"{global_batch}: change the global batch or the number of images."
         )
     numbered = _MicroBatches(reader, global_batch, micro_batch, rank, world, start, stop)
-    items = (numbered[number] for number in range(len(numbered))) if workers == 0 else _loaded(numbered, workers)
-    return _checked(items)
+    if workers == 0:
+        return _checked(numbered[number] for number in range(len(numbered)))
+    return _checked(loaded(numbered, workers, worker_timeout_seconds, restarted))
 
 
-def _checked(items: Iterator[HostBatch | _Failure]) -> Iterator[HostBatch]:
+def _checked(items: Iterator[Item]) -> Iterator[HostBatch]:
     for item in items:
-        if isinstance(item, _Failure):
+        if isinstance(item, str):
             raise ValueError(item)
         yield item
-
-
-def _loaded(numbered: _MicroBatches, workers: int) -> Iterator[HostBatch | _Failure]:
-    loader = DataLoader(
-        numbered,
-        batch_size=None,  # an item is a whole micro-batch already
-        num_workers=workers,
-        multiprocessing_context="fork",  # workers touch neither CUDA nor communicators
-        worker_init_fn=_leave_signals_to_the_parent,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from the process's generator, and workers change results
-    )
-    for item in loader:
-        if isinstance(item, HostBatch):
-            item = item._replace(bad=tuple(item.bad))  # the loader turns plain tuples into lists
-        yield item
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    # What is sent to the whole process group is for the trainer to answer: it finishes its update, for which it needs
-    # its workers, and ends them itself. They also end when it is gone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

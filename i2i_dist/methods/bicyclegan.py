@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from i2i_dist.config import Beta, Positive, Section, Weight
+from i2i_dist.config import Beta, Section, Weight, Width
 from i2i_dist.data.batch import Batch, first_and_last
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -56,14 +56,14 @@ class Hyperparameters(Section):
     name: Literal["bicyclegan"] = "bicyclegan"
     preset: Literal["official"] = "official"
     model: Literal["bicyclegan", "cvae_gan", "clr_gan", "pix2pix_noise"] = "bicyclegan"
-    style_dim: Positive = 8  # numbers of a code
-    width: Positive = 64  # channels of the generator's first convolution
+    style_dim: Width = 8  # numbers of a code
+    width: Width = 64  # channels of the generator's first convolution
     downs: Annotated[int, Field(ge=2, le=14)] = 8  # halvings; crop_size must be a multiple of 2 ** downs
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of the values that it drops, in training alone
-    encoder_width: Positive = 64
+    encoder_width: Width = 64
     encoder_blocks: Annotated[int, Field(ge=1, le=13)] = 4
-    critic_width: Annotated[int, Field(ge=4)] = 64  # each scale has half of the one before
-    critic_layers: Positive = 3  # halvings of each scale
+    critic_width: Annotated[int, Field(ge=4, le=65_536)] = 64  # each scale has half of the one before
+    critic_layers: Annotated[int, Field(ge=1, le=14)] = 3  # halvings of each scale
     critic_scales: Annotated[int, Field(ge=1, le=3)] = 2
     conditional_critic: bool = False  # whether the critics see A beside the picture of B
     adversarial: Literal["lsgan", "vanilla", "hinge", "hinge_standard"] = "lsgan"

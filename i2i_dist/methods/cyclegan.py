@@ -11,13 +11,13 @@ paintings only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from i2i_dist.config import Beta, NotNegative, Positive, Section, Weight
+from i2i_dist.config import Beta, Blocks, NotNegative, Section, Weight, Width
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -34,9 +34,9 @@ class Hyperparameters(Section):
 
     name: Literal["cyclegan"] = "cyclegan"
     preset: Literal["official", "paper"] = "official"
-    width: Positive = 64  # channels of the generators' first convolution
-    blocks: Annotated[int, Field(ge=1)] = 9
-    critic_width: Positive = 64
+    width: Width = 64  # channels of the generators' first convolution
+    blocks: Blocks = 9
+    critic_width: Width = 64
     adversarial: Literal["lsgan", "vanilla", "hinge", "hinge_standard"] = "lsgan"
     lambda_gan: Weight = 1.0
     lambda_cycle_a: Weight = 10.0

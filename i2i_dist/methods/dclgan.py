@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from i2i_dist.config import Beta, NotNegative, Positive, Section, Weight
+from i2i_dist.config import Beta, Blocks, NotNegative, Positive, Section, Weight, Width
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -39,10 +39,10 @@ class Hyperparameters(Section):
 
     name: Literal["dclgan"] = "dclgan"
     preset: Literal["official", "paper"] = "official"
-    width: Positive = 64  # channels of the generators' first convolution
-    blocks: Annotated[int, Field(ge=1)] = 9
-    critic_width: Positive = 64
-    head_dim: Positive = 256
+    width: Width = 64  # channels of the generators' first convolution
+    blocks: Blocks = 9
+    critic_width: Width = 64
+    head_dim: Width = 256
     nce_layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("down1", "down2", "block1", "block5")
     nce_patches: Positive = 256
     temperature: Annotated[float, Field(ge=0.01, le=1)] = 0.07

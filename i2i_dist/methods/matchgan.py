@@ -48,8 +48,8 @@ class Hyperparameters(LabelKeys):
     """What a configuration's section `method` may say: StarGAN's keys, and those of the groups."""
 
     name: Literal["matchgan"] = "matchgan"
-    group_classes: Annotated[int, Field(ge=2)] = 4  # classes of a group of pictures, and targets of its translations
-    group_images: Annotated[int, Field(ge=2, multiple_of=2)] = 4  # pictures of each class
+    group_classes: Annotated[int, Field(ge=2, le=1_024)] = 4  # of a group of pictures; targets of its translations
+    group_images: Annotated[int, Field(ge=2, le=1_024, multiple_of=2)] = 4  # pictures of each class
     lambda_match: Weight = 0.5
     match_head: Matching = "joined"
     # Whether pictures whose labels are not told have updates of their own; null means where there are some because

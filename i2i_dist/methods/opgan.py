@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2i_dist.config import Beta, NotNegative, Positive, Section, Weight
+from i2i_dist.config import Beta, Blocks, NotNegative, Section, Weight, Width
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -51,12 +51,12 @@ class Hyperparameters(Section):
 
     name: Literal["opgan"] = "opgan"
     preset: Literal["reconstruction"] = "reconstruction"
-    width: Positive = 64  # published: the networks are CycleGAN's; channels of the generators' first convolution
-    blocks: Annotated[int, Field(ge=1)] = 9  # reconstruction: the number of CycleGAN's generator for 256 x 256
-    critic_width: Positive = 64
-    siamese_width: Positive = 64  # published: features of 512 channels, 8 times this
+    width: Width = 64  # published: the networks are CycleGAN's; channels of the generators' first convolution
+    blocks: Blocks = 9  # reconstruction: the number of CycleGAN's generator for 256 x 256
+    critic_width: Width = 64
+    siamese_width: Width = 64  # published: features of 512 channels, 8 times this
     # Reconstruction: each of the situations D1, D2, C1, C2 equally often, in both directions.
-    pairs_per_image: Annotated[int, Field(ge=4, multiple_of=4)] = 4
+    pairs_per_image: Annotated[int, Field(ge=4, le=1_024, multiple_of=4)] = 4
     lambda_gan: Weight = 1.0
     lambda_cycle: Weight = 10.0  # published: alpha (equation 7)
     lambda_content: Weight = 1.0  # published: beta (equation 7), of both terms; the ablation leaves one of them out

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from i2i_dist.config import Beta, Positive, Section, Weight
+from i2i_dist.config import Beta, Section, Weight, Width
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -38,9 +38,9 @@ class Hyperparameters(Section):
 
     name: Literal["pix2pix"] = "pix2pix"
     preset: Literal["official"] = "official"
-    width: Positive = 64  # channels of the generator's first convolution
+    width: Width = 64  # channels of the generator's first convolution
     downs: Annotated[int, Field(ge=2, le=14)] = 8  # halvings; crop_size must be a multiple of 2 ** downs
-    critic_width: Positive = 64
+    critic_width: Width = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of the values that it drops
     adversarial: Literal["vanilla", "lsgan", "hinge", "hinge_standard"] = "vanilla"
     lambda_l1: Weight = 100.0

@@ -36,8 +36,8 @@ class Hyperparameters(dclgan.Hyperparameters):
 
     name: Literal["simdcl"] = "simdcl"  # type: ignore[assignment]
     preset: Literal["official", "paper"] = "official"
-    head_dim: Annotated[int, Field(ge=3)] = 256  # the mapping networks' convolution needs three
-    nce_patches: Annotated[int, Field(ge=3)] = 256
+    head_dim: Annotated[int, Field(ge=3, le=65_536)] = 256  # the mapping networks' convolution needs three
+    nce_patches: Annotated[int, Field(ge=3, le=10**12)] = 256
     lambda_nce: Weight = 1.0
     lambda_similarity: Weight = 10.0
     similarity_reduction: Literal["mean", "sum"] = "mean"  # over the components of a vector

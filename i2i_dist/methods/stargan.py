@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from i2i_dist.config import Beta, Positive, Section, Weight
+from i2i_dist.config import Beta, Blocks, Pixels, Positive, Section, Weight, Width
 from i2i_dist.data.batch import LabelledBatch
 from i2i_dist.data.labels import LabelSpace
 from i2i_dist.draws import Draws
@@ -41,10 +41,10 @@ class LabelKeys(Section):
     at_most_one: tuple[tuple[str, ...], ...] = (("Black_Hair", "Blond_Hair", "Brown_Hair"),)
     exactly_one: tuple[tuple[str, ...], ...] = ()
     labelled_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pictures with valid labels: whose are told
-    image_size: Positive = 128  # what data.crop_size must be; a multiple of 2 ** critic_layers
-    width: Positive = 64  # channels of the generator's first convolution
-    blocks: Positive = 6
-    critic_width: Positive = 64
+    image_size: Pixels = 128  # what data.crop_size must be; a multiple of 2 ** critic_layers
+    width: Width = 64  # channels of the generator's first convolution
+    blocks: Blocks = 6
+    critic_width: Width = 64
     critic_layers: Annotated[int, Field(ge=1, le=14)] = 6  # halvings
     critic_turns: Positive = 5  # of the critic, for one of the generator
     lambda_gan: Weight = 1.0

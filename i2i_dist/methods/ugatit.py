@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2i_dist.config import Beta, Positive, Section, Weight
+from i2i_dist.config import Beta, Blocks, Pixels, Section, Weight, Width
 from i2i_dist.data.batch import Batch
 from i2i_dist.draws import Draws
 from i2i_dist.losses.adversarial import discriminator_loss, generator_loss
@@ -38,11 +38,11 @@ class Hyperparameters(Section):
 
     name: Literal["ugatit"] = "ugatit"
     preset: Literal["official", "tensorflow"] = "official"
-    width: Positive = 64  # channels of the generators' first convolution
-    blocks: Positive = 4  # residual blocks, and as many with AdaLIN
+    width: Width = 64  # channels of the generators' first convolution
+    blocks: Blocks = 4  # residual blocks, and as many with AdaLIN
     light: bool = False
-    cam_grid: Positive = 64  # a full generator reads its attended map averaged to so many places a side: at 256, all
-    critic_width: Positive = 64
+    cam_grid: Pixels = 64  # a full generator reads its attended map averaged to so many places a side: at 256, all
+    critic_width: Width = 64
     global_layers: Depth = 7  # a critic takes pictures of at least 3 * 2**(layers - 2) pixels a side
     local_layers: Depth = 5
     bias: bool = False  # in the generators' convolutions and linear layers, and the critics' last convolution

@@ -119,6 +119,9 @@ class Metrics:
         self._bad_samples = Counter(
             "i2i_data_bad_samples_total", "Samples that could not be used.", ["domain"], registry=registry
         )
+        self._worker_restarts = Counter(
+            "i2i_data_worker_restarts_total", "Times that a rank's reading processes were replaced.", registry=registry
+        )
         self._memory = Gauge(
             "i2i_memory_bytes", "Memory of this process: CUDA peak or resident set.", ["kind"], registry=registry
         )
@@ -172,6 +175,10 @@ class Metrics:
     def bad_sample(self, domain: str) -> None:
         """Count a sample of `domain` that could not be used."""
         self._bad_samples.labels(domain).inc()
+
+    def workers_restarted(self, times: int) -> None:
+        """Count that a rank's reading processes were replaced so many times."""
+        self._worker_restarts.inc(times)
 
     def skipped(self, side: str) -> None:
         """Count an update of `side`, "generator" or "discriminator", that was not applied."""

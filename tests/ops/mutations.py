@@ -8,7 +8,8 @@ from typing import NamedTuple
 class Mutation(NamedTuple):
     """One fault: in `file`, `new` stands for `old`, which occurs once; `check` ("module:function") must fail.
 
-    Quick ones run in every run of the tests, the others only with those marked soak.
+    Quick ones, one for each op, run in every run of the tests, the others only with those marked soak: each compiles a
+    library of its own.
     """
 
     name: str
@@ -146,7 +147,6 @@ MUTATIONS = [
         "edge = {element, 1, 0, element < end ? 1 : 0, 1};",
         "edge = {element, 1, 0, element < body ? 1 : 0, 1};",
         _NORM_PLANES,
-        quick=True,
     ),
     Mutation(
         "norms: a pack behind the last",
@@ -229,7 +229,7 @@ MUTATIONS = [
         "    if (step + 1 < steps && parts > 1)",
         _NCE_BF16_EARLY,
     ),
-    Mutation("patch_nce: columns beyond the group", _NCE, "column >= column_count || ", "", _NCE_BF16, quick=True),
+    Mutation("patch_nce: columns beyond the group", _NCE, "column >= column_count || ", "", _NCE_BF16),
     Mutation(
         "patch_nce: columns are not zeros beyond the group",
         _NCE_TILES,
@@ -276,7 +276,6 @@ MUTATIONS = [
         "operand(w[0]), operand(w[2]), operand(w[1]), operand(w[3])",
         "operand(w[0]), operand(w[1]), operand(w[2]), operand(w[3])",
         _NCE_TF32,
-        quick=True,
     ),
     Mutation(
         "patch_nce: fp32 without the rest of one side",

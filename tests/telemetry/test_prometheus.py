@@ -119,7 +119,7 @@ def test_names_and_help_follow_the_conventions(metrics: Metrics) -> None:
     metrics.update(record(20, {"g": 1.0}))
     page = generate_latest(metrics.registry).decode()
     families = list(text_string_to_metric_families(page))
-    assert len(families) == 21
+    assert len(families) == 22
     for family in families:
         assert family.name.startswith("i2i_")
         assert family.documentation.endswith(".")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
+import multiprocessing
 import os
 import resource
 import signal
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,4 +225,38 @@ def faults_of_a_job() -> None:
                 time.sleep(0.01)
 
     stopping.StopRequest._note = note
+    _before_updates(change)
+
+
+def samples_are_noted() -> None:
+    """Append a line for each sample that an update is given, its position and a digest of its pictures, to $SAMPLES."""
+    real = loop.to_device
+
+    def noted(host: Any, device: Any) -> Any:
+        with open(os.environ["SAMPLES"], "a", encoding="utf-8") as file:
+            file.writelines(sample_lines(host))
+        return real(host, device)
+
+    loop.to_device = noted
+
+
+def sample_lines(host: Any) -> list[str]:
+    digests = [
+        hashlib.sha256(b"".join(host.images[domain][row].numpy().tobytes() for domain in "ab")).hexdigest()
+        for row in range(len(host.positions))
+    ]
+    return [f"{position} {digest}\n" for position, digest in zip(host.positions.tolist(), digests, strict=True)]
+
+
+def reading_processes_are_lost() -> None:
+    """One is killed before update 10, and one stopped before update 14; $PAGE holds the metrics before update 23."""
+    samples_are_noted()
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if fault := {10: signal.SIGKILL, 14: signal.SIGSTOP}.get(number):
+            os.kill(multiprocessing.active_children()[0].pid or 0, fault)
+        if number == 23:
+            with urllib.request.urlopen(f"http://127.0.0.1:{os.environ['PORT']}/metrics", timeout=60) as page:
+                Path(os.environ["PAGE"]).write_bytes(page.read())
+
     _before_updates(change)
