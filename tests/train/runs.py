@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -16,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.ranks import ROOT, free_port, rank_environment
 
@@ -104,8 +107,12 @@ _started: list[Started] = []
 
 
 def kill_all() -> None:
-    """Kill every session started since the last call."""
+    """Kill every session started since the last call, and what it has put into sessions of their own."""
     for one in _started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for below in psutil.Process(one.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    below.kill()
         for _ in range(100):
             try:
                 os.killpg(one.pid, signal.SIGKILL)
