@@ -137,7 +137,7 @@ class Reporter:
         return record
 
     def _shared(self, *numbers: Mapping[str, Tensor]) -> Iterator[float]:
-        """Return the means over ranks of numbers by name, then of what is counted, then each rank's part in that of paces.
+        """Return the means over ranks of numbers by name, of what is counted, and each rank's part in that of paces.
 
         All in one collective: a number that is one rank's own is its part of a mean to which the others add nothing.
         """
