@@ -212,7 +212,7 @@ def test_a_slow_rank_is_named_and_kept_another_weight_ends_the_run_and_clocks_ma
     durations = [
         float(line.split()[1]) for line in page.splitlines() if re.match(r"i2i_\w+_seconds(_sum|_total) ", line)
     ]
-    assert len(durations) == 3, page
+    assert len(durations) == 4, page
     durations += [row[name] for row in found for name in ("seconds_per_update", "data_wait_seconds", "eta_seconds")]
     assert all(0 <= seconds < 1800 for seconds in durations)
     assert "eta -" not in text
