@@ -36,13 +36,13 @@ from i2i_dist.data.batch import Batch, LabelledBatch
 from i2i_dist.method import Gauge, Judge
 
 WARM_UP = 200  # updates since the run's first start before anything is too low
-EVERY = 4  # updates of the generator: of which one is measured, so that this costs nothing worth measuring
+EVERY = 4  # of so many updates of the generator one is measured, which then costs nothing worth measuring
 LOWEST_SPREAD, LOWEST_CHANGE = 0.05, 0.02
 
 _SPREAD = (
     "its pictures are nearly the same whatever the input, which training rarely leaves by itself; go back with "
-    "--resume to a checkpoint before it, with a lower learning rate of the generator or a higher weight of the terms "
-    "that hold on to the input (cycle, PatchNCE, L1)"
+    "--resume to a checkpoint before it, with a lower method.lr or a higher weight of the terms that hold on to the "
+    "input (cycle, PatchNCE, L1)"
 )
 _CHANGE = (
     "it returns its input nearly unchanged, so that nothing is translated; lower the weight of the terms that hold on "
@@ -52,13 +52,14 @@ _CHANGE = (
 _OF_CRITICS = {
     "critic_pull": (
         0.05,
-        "the critics hardly move the generator, which then follows its other losses alone; raise the weight of the "
-        "adversarial loss, or lower the critics' learning rate, and go on from a checkpoint before it",
+        "the critics hardly move the generator, which then follows its other losses alone; go back with --resume to a "
+        "checkpoint before it, with a lower method.lr, or with less weight on the other losses",
     ),
     "critic_doubt": (
         0.05,
-        "the critics tell every real picture from every one that is made, and learn no more; lower their learning rate "
-        "or their width, or give the generator more weight on the adversarial loss",
+        "the critics tell every real picture from every one that is made, and learn no more; see that both "
+        "domains are what they should be and that there are enough pictures, lower the weight of the generator's other "
+        "losses, or start again with narrower critics (method.critic_width)",
     ),
 }
 
