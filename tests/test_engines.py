@@ -509,11 +509,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return first
 
 
-# What may lie between first gradients in bf16 where sums in bf16 have the same order; those in fp32 have another one.
-GRADIENTS = 1e-6
-# And between parameters after a few updates, as a share of how far they moved: a weight that is another one by rounding
-# in fp32 now and then rounds to another number in bf16, and from there on the loops drift apart.
-PARAMETERS = 0.25
+# What may lie between loops in bf16: between their first gradients, where sums in bf16 have the same order, and between
+# their parameters after the last update, as a share of how far they moved, where they have it and where not. A weight
+# that is another one by rounding in fp32 now and then rounds to another number in bf16, and then the loops drift apart.
+GRADIENTS, PARAMETERS, PARAMETERS_REORDERED = 1e-6, 0.05, 0.2
 
 
 def sums_in_the_same_order(cell: Cell) -> bool:
@@ -536,9 +535,10 @@ def test_two_ranks_equal_a_plain_loop(results: dict[Any, Any], cell: Cell) -> No
     gradients, parameters = results[cell]
     if cell.precision == "fp32":
         assert max(gradients, parameters) <= 1e-6
+    elif sums_in_the_same_order(cell):
+        assert gradients <= GRADIENTS and parameters <= PARAMETERS
     else:
-        assert gradients <= (GRADIENTS if sums_in_the_same_order(cell) else results[cell.name, "fp32 is away"] / 2)
-        assert parameters <= PARAMETERS
+        assert gradients <= results[cell.name, "fp32 is away"] / 2 and parameters <= PARAMETERS_REORDERED
 
 
 @pytest.mark.parametrize("name", CASES)
