@@ -31,9 +31,9 @@ def option(command: list[str], name: str) -> str:
 
 
 def pod_command(node_rank: int, **options: object) -> list[str]:
-    """Return what a pod's supervisor starts, with some options changed."""
+    """Return what a pod runs, with some options changed."""
     command = container_of(manifests()["JobSet"])["command"]
-    words = [re.sub(r"\$\(NODE_RANK\)", str(node_rank), word) for word in command[command.index("--") + 1 :]]
+    words = [re.sub(r"\$\(NODE_RANK\)", str(node_rank), word) for word in command]
     for name, value in options.items():
         old = f"--{name.replace('_', '-') if name == 'run_dir' else name}="
         (place,) = [at for at, word in enumerate(words) if word.startswith(old)]

@@ -72,7 +72,13 @@ def without_ssh(cluster: Cluster, run: Path, words: list[str]) -> list[Started]:
 
 def through_torchrun(cluster: Cluster, run: Path, words: list[str]) -> list[Started]:
     """As the pods of launchers/kubernetes.yaml do, but with one rank in each."""
-    changed = {"nproc_per_node": 1, "config": cluster.config, "set": f"data.root={cluster.data}", "run_dir": run}
+    changed = {
+        "restarts": 0,
+        "nproc_per_node": 1,
+        "config": cluster.config,
+        "set": f"data.root={cluster.data}",
+        "run_dir": run,
+    }
     return cluster.start(run, *([*launch_files.pod_command(rank, **changed), *words] for rank in range(2)))
 
 
