@@ -62,6 +62,8 @@ def _plan(run: Run, room: Room) -> Plan:
         updates=run.target // run.settings.config.train.global_batch,
         precision=run.layout.precision,
         zero_stages={side: engine.layout.stage for side, engine in run.sides.items()},
+        offloaded=[side for side, engine in run.sides.items() if engine.layout.offload],
+        recomputed=any(engine.layout.recomputed for engine in run.sides.values()),
         ops_backend=f"native but for {', '.join(references)}" if references else "native",
         checkpoint_bytes=room.each,
         checkpoints_at_most=room.at_most,

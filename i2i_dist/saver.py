@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from i2i_dist import engine_state, publishing
+from i2i_dist import engine_state, publishing, stacks
 from i2i_dist.checkpoint import State, directory_name
 from i2i_dist.distributed import any_rank, from_first_rank, gather_texts, rank_and_world
 from i2i_dist.ema import Ema
@@ -218,6 +218,7 @@ class Saver:
         """
         outcome = None
         while self.busy:
+            stacks.alive()  # a slow disk is no hang
             if self._thread is not None:
                 self._thread.join(_POLL_SECONDS)
             outcome = self.advance(*any_rank(torch.tensor(self.flags, device=self._device)))

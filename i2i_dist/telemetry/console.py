@@ -34,6 +34,8 @@ class Plan:
         updates: Updates of the whole run.
         precision: "fp32" or "bf16".
         zero_stages: ZeRO stage of each side.
+        offloaded: Sides whose optimizer lies in CPU memory.
+        recomputed: Whether blocks of the generator run again in the backward pass.
         ops_backend: What computes the fused ops, as `ops` names it.
         checkpoint_bytes: How large a checkpoint will be.
         checkpoints_at_most: How many will lie on the disk at once.
@@ -53,6 +55,8 @@ class Plan:
     updates: int
     precision: str
     zero_stages: Mapping[str, int]
+    offloaded: Collection[str]
+    recomputed: bool
     ops_backend: str
     checkpoint_bytes: int
     checkpoints_at_most: int
@@ -67,7 +71,10 @@ class Plan:
 def plan_text(plan: Plan) -> str:
     """Return the plan as the lines that a run prints at its start."""
     networks = ", ".join(f"{name} {_count(number)}" for name, number in plan.parameters.items())
-    stages = ", ".join(f"{side} {stage}" for side, stage in plan.zero_stages.items())
+    stages = ", ".join(
+        f"{side} {stage}{' offloaded' if side in plan.offloaded else ''}" for side, stage in plan.zero_stages.items()
+    )
+    stages += "; blocks recomputed" if plan.recomputed else ""
     length = f"{_count(plan.target_images)} images, {plan.updates:,} updates"
     if plan.images_seen:
         length += f"; resumes at image {_count(plan.images_seen)}"

@@ -84,6 +84,8 @@ def test_plan_text() -> None:
         updates=195_313,
         precision="bf16",
         zero_stages={"generator": 2, "discriminator": 1},
+        offloaded=["generator"],
+        recomputed=True,
         ops_backend="native",
         checkpoint_bytes=341_250_000,
         checkpoints_at_most=5,
@@ -92,7 +94,7 @@ def test_plan_text() -> None:
     assert plan.global_batch == 128
     assert plan_text(plan).splitlines() == [
         "method      dclgan, bf16, ops native",
-        "ranks       2 nodes, 16 ranks on cuda; ZeRO stage generator 2, discriminator 1",
+        "ranks       2 nodes, 16 ranks on cuda; ZeRO stage generator 2 offloaded, discriminator 1; blocks recomputed",
         "batch       2 micro x 4 accumulation x 16 world = 128 global",
         "parameters  generator_ab 11.4M, critic_a 2.8M; 14.1M in all",
         "length      25.0M images, 195,313 updates; resumes at image 12.8k",
