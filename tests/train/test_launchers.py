@@ -150,7 +150,10 @@ def test_zero_3_in_bf16_stops_and_goes_on_at_zero_0_in_fp32_on_one_rank(dclgan: 
     (rank_1,) = [one for one in family if "--local_rank=1" in one.cmdline()]
     os.kill(rank_1.pid, signal.SIGTERM)
     assert process.wait() == 75, process.text
-    assert "bf16" in process.text and "ZeRO stage generator 3 offloaded, discriminator 3; blocks recomputed" in process.text
+    assert (
+        "bf16" in process.text
+        and "ZeRO stage generator 3 offloaded, discriminator 3; blocks recomputed" in process.text
+    )
     assert "Traceback" not in process.text
     stopped = int(re.findall(r"Saved \S+images_(\d+)\.", process.text)[-1])
     assert stopped == rows(tmp_path / "run")[-1]["images_seen"]
