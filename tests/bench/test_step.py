@@ -35,7 +35,7 @@ TITLES = {
 }
 
 
-# Each takes twenty seconds to start and to take steps of both forms; the other batch of each tells nothing that is new.
+# Each takes 15 to 30 s of the processor; the other batch size of each is left to the tests marked soak.
 QUICK, SLOW = [("dclgan", 2), ("ugatit", 1)], [("dclgan", 1), ("ugatit", 2)]
 
 
