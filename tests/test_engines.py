@@ -509,19 +509,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return first
 
 
-# What may lie between loops in bf16: between their first gradients, where sums in bf16 have the same order, and between
-# their parameters after the last update, as a share of how far they moved, where they have it and where not. A weight
-# that is another one by rounding in fp32 now and then rounds to another number in bf16, and then the loops drift apart.
-GRADIENTS, PARAMETERS, PARAMETERS_REORDERED = 1e-6, 0.05, 0.2
+# What may lie between loops in bf16: between their first gradients, and between their parameters after the last
+# update as a share of how far they moved. A weight that is another one by rounding in fp32 rounds to another number in
+# bf16 now and then, and the loops drift apart. Where sums in bf16 have another order it is about twice what was seen.
+GRADIENTS, PARAMETERS = 1e-6, 0.05
+REORDERED = {"bicyclegan": (0.02, 0.11), "pix2pix": (0.09, 0.2)}
 
 
-def sums_in_the_same_order(cell: Cell) -> bool:
-    """Say whether the plain loop adds up numbers in bf16 as the engines do.
+def bounds_in_bf16(cell: Cell) -> tuple[float, float]:
+    """Return what may lie between gradients and between parameters.
 
-    ZeRO 3 puts nodes of its own round every layer, so that gradients of what several layers read are summed in another
+    The plain loop adds up numbers in bf16 in the engines' order but for two cases. ZeRO 3 puts nodes of its own round
+    every layer, so that what several losses send back through one critic, as BicycleGAN's do, is summed in another
     order. And where a batch cannot be cut in pieces, the loop rounds the weights' gradients of all samples together.
     """
-    return 3 not in (cell.stage, cell.critics_stage) and not small_method(cell.name).couples_batch
+    reordered = small_method(cell.name).couples_batch or (
+        cell.name == "bicyclegan" and 3 in (cell.stage, cell.critics_stage)
+    )
+    return REORDERED[cell.name] if reordered else (GRADIENTS, PARAMETERS)
 
 
 def described(cell: Cell) -> str:
@@ -535,10 +540,9 @@ def test_two_ranks_equal_a_plain_loop(results: dict[Any, Any], cell: Cell) -> No
     gradients, parameters = results[cell]
     if cell.precision == "fp32":
         assert max(gradients, parameters) <= 1e-6
-    elif sums_in_the_same_order(cell):
-        assert gradients <= GRADIENTS and parameters <= PARAMETERS
     else:
-        assert gradients <= results[cell.name, "fp32 is away"] / 2 and parameters <= PARAMETERS_REORDERED
+        most = bounds_in_bf16(cell)
+        assert gradients <= most[0] and parameters <= most[1]
 
 
 @pytest.mark.parametrize("name", CASES)
