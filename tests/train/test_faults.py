@@ -167,7 +167,10 @@ def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, t
     first, second = bad_updates(tmp_path / "run")
     assert (first["update"], first["met"], second["update"], second["met"]) == (4, ["discriminator"], 5, ["generator"])
     assert second["nonfinite"] == [] and second["skipped"] == ["generator"] and "gan_ab" in second["losses"]
-    said = "Update 5: rank 0 met a gradient of the generator that is not finite, its losses being so; its samples: a 0"
+    said = (
+        "Update 5: rank 0 met a gradient of the generator that is not finite, though all its losses are finite; "
+        "its samples: a 0"
+    )
     assert run.text.count(said) == 1
     assert checkpoints(tmp_path / "run")[0] == f"images_{12:012d}"  # not at 8
     assert_good(tmp_path / "run", 24)
