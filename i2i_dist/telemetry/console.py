@@ -78,7 +78,7 @@ def plan_text(plan: Plan) -> str:
     length = f"{_count(plan.target_images)} images, {plan.updates:,} updates"
     if plan.images_seen:
         length += f"; resumes at image {_count(plan.images_seen)}"
-    room = "unknown room" if plan.checkpoint_room is None else bytes_text(plan.checkpoint_room)
+    room = "an unknown amount" if plan.checkpoint_room is None else bytes_text(plan.checkpoint_room)
     rows = {
         "method": f"{plan.method}, {plan.precision}, ops {plan.ops_backend}",
         "ranks": f"{_plural(plan.nodes, 'node')}, {_plural(plan.ranks, 'rank')} on {plan.device}; ZeRO stage {stages}",
