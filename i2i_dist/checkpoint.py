@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from i2i_dist import __version__, engine_state
@@ -73,6 +74,25 @@ class State(NamedTuple):
     config: dict[str, Any]
     dataset: dict[str, str]
     scores: dict[str, float]
+
+
+class _Numbers(BaseModel):
+    generator: dict[str, float]
+    discriminator: dict[str, float]
+
+
+class _Document(BaseModel):
+    """What state.json holds, of which kinds: what is read without `verify` may have any bit flipped."""
+
+    model_config = ConfigDict(strict=True)
+
+    images_seen: int
+    updates: int
+    world: int
+    config: dict[str, Any]
+    dataset: dict[str, str]
+    scores: dict[str, float]
+    optimizer: _Numbers
 
 
 def directory_name(images_seen: int) -> str:
@@ -223,18 +243,25 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    """Return state.json as this version's format has it."""
+    """Return state.json as this version's format has it; neither file needs to have been verified."""
+    manifest = _read_json(path / "manifest.json")
+    _check_format(path, manifest)
     document = _read_json(path / "state.json")
-    for number in range(_read_json(path / "manifest.json")["format"], FORMAT):
+    for number in range(manifest["format"], FORMAT):
         document = _MIGRATIONS[number](document)
     missing = [key for key in (*State._fields, "optimizer") if key not in document]
     if missing:
         raise CheckpointError(f"state.json does not say {', '.join(missing)}")
+    try:
+        _Document.model_validate(document)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(f"state.json does not hold what it should at {place}") from None
     return document
 
 
 def read_state(path: Path) -> State:
-    """Return the state of a checkpoint that `verify` accepts.
+    """Return the state of a checkpoint, verified or not.
 
     Raises:
         CheckpointError: It does not hold what it should.

@@ -120,7 +120,7 @@ class OutputConfig(Section):
     checkpoint_every_images: Positive = 5_000
     keep_checkpoints: Positive = 3  # so many of the newest; besides,
     keep_every_images: Positive | None = None  # the first at or after each multiple of this; null keeps none for that
-    keep_best: str | None = None  # the one with the lowest mean of this loss or gauge of stats.jsonl; null: none
+    keep_best: str | None = None  # the one with the lowest mean of this loss, or gauge of the method; null: none
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = 9410  # Prometheus on 127.0.0.1; null switches it off
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ from deepspeed.utils import groups as deepspeed_groups
 Precision = Literal["fp32", "bf16"]
 
 PERSISTENCE_THRESHOLD = 100_000  # elements: ZeRO 3 leaves smaller parameters whole
-_LARGEST_BUCKET = 50_000_000  # elements
+LARGEST_BUCKET = 50_000_000  # elements
 
 
 class Layout(NamedTuple):
@@ -358,7 +358,7 @@ def bucket_elements(module: nn.Module) -> int:
 
     DeepSpeed's own 500 million are 2 GB for each side, whatever it has, and at stage 3 all the time.
     """
-    return min(sum(parameter.numel() for parameter in module.parameters()), _LARGEST_BUCKET)
+    return min(sum(parameter.numel() for parameter in module.parameters()), LARGEST_BUCKET)
 
 
 def _deepspeed_config(layout: Layout, bucket: int, *, pinned: bool) -> dict[str, Any]:

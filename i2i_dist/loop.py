@@ -70,7 +70,8 @@ class _Checkpoints:
     def __init__(self, run: Run, reporter: Reporter) -> None:
         self._run, self._reporter = run, reporter
         self._directory = run.settings.directory / "checkpoints"
-        self._saver = Saver(self._directory, kept(run.settings.config), run.device)
+        patience = run.settings.config.engine.timeout_seconds
+        self._saver = Saver(self._directory, kept(run.settings.config), run.device, patience)
         self._scores = Scores()
         self.newest = run.start.images_seen if run.start.updates else None  # images seen of it
 
@@ -200,10 +201,12 @@ def loop(run: Run, stop: StopRequest, reporter: Reporter) -> int:
     checkpoints = _Checkpoints(run, reporter)
     try:
         images_seen, updates = _train(run, stop, reporter, checkpoints)
-        checkpoints.finish()
+        reason = checkpoints.finish()
         if checkpoints.newest != images_seen:
-            checkpoints.begin(images_seen, updates)
-            if reason := checkpoints.finish():
+            if checkpoints.ready:  # else a disk hangs
+                checkpoints.begin(images_seen, updates)
+                reason = checkpoints.finish()
+            if reason:
                 raise TrainingError(
                     f"the run is at image {images_seen}, but its last checkpoint could not be written ({reason}); mend "
                     "that and start it again: it goes on from the newest checkpoint before"

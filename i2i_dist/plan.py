@@ -19,7 +19,7 @@ def announce(run: Run) -> None:
         return
     room = _room(run)
     _log.info("%s", plan_text(_plan(run, room)))
-    if not room.fits:
+    if room.free is not None and not room.fits:
         _log.warning(
             "%d checkpoints of %s will not fit into the %s that are free. One that does not fit is left out, and "
             "training goes on: make room, or lower output.keep_checkpoints or raise output.keep_every_images.",

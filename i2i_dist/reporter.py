@@ -59,9 +59,10 @@ class Reporter:
         build = {"version": __version__, "torch": torch.__version__, "python": platform.python_version()}
         build |= {f"op_{op}": kind for op, kind in ops.implementations(run.device.type).items()}
         names = {"method": start.config["method"]["name"], "precision": run.layout.precision}
-        self.metrics = Metrics(build, names, start.images_seen, run.target)
-        if settings.config.output.metrics_port is not None:
-            self._server = serve(self.metrics, "127.0.0.1", settings.config.output.metrics_port)
+        output = settings.config.output
+        self.metrics = Metrics(build, names, start.images_seen, run.target, output.checkpoint_every_images)
+        if output.metrics_port is not None:
+            self._server = serve(self.metrics, "127.0.0.1", output.metrics_port)
 
     def begin(self) -> None:
         """Mark the begin of an update, before its first batch is asked for."""

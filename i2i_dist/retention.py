@@ -106,30 +106,33 @@ class Room(NamedTuple):
     Attributes:
         each: Bytes of one.
         at_most: How many lie there at once.
-        free: Bytes that are free for them, with what those take that are there already.
+        free: Bytes that are free for them, with what those take that are there already; None where nobody knows.
     """
 
     each: int
     at_most: int
-    free: int
+    free: int | None
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for all of them."""
-        return self.each * self.at_most <= self.free
+        """Whether there is room for all of them, as far as is known."""
+        return self.free is None or self.each * self.at_most <= self.free
 
 
-def free_bytes(directory: Path) -> int:
+def free_bytes(directory: Path) -> int | None:
     """Return the bytes that checkpoints in `directory` may take: those free on the disk, and those that they take.
 
-    Quotas are not seen.
+    Quotas are not seen. None where the system does not say: a forecast must not end a run.
     """
     held = 0
-    for path in newest_first(directory):
-        with contextlib.suppress(OSError):
-            held += sum(file.stat().st_size for file in path.iterdir())
-    there = next(path for path in (directory, *directory.parents) if path.exists())
-    return shutil.disk_usage(there).free + held
+    try:
+        for path in newest_first(directory):
+            with contextlib.suppress(OSError):
+                held += sum(file.stat().st_size for file in path.iterdir())
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        return shutil.disk_usage(there).free + held
+    except OSError:
+        return None
 
 
 def checkpoint_bytes(sides: Mapping[str, Captured], pools: ImagePools, picture: Sequence[int], world: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +13,9 @@ from typing import IO, Any
 from i2i_dist import checkpoint
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
-from i2i_dist.distributed import gather_texts
+from i2i_dist.distributed import from_first_rank, gather_texts
+
+_SEEN_SECONDS = 5.0  # longer than NFS clients believe what they know of a file (acregmin: 3)
 
 _log = logging.getLogger("i2i_dist.run")
 
@@ -51,26 +54,34 @@ def lock(directory: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
+    os.fsync(file.fileno())  # on a network file system other machines see it only then
     # The lock is the open file's: reading processes that outlive a killed trainer by seconds would go on holding it.
     os.register_at_fork(after_in_child=file.close)
     return file
 
 
+def _holder(directory: Path) -> str:
+    try:
+        return (directory / ".lock").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def check_shared(directory: Path) -> None:
     """Make sure that all ranks see the directory that rank 0 has locked. Collective.
+
+    A network file system may go on showing what was there before for a few seconds: ranks look until they see the same.
 
     Raises:
         ConfigError: A rank sees another one, or none.
     """
 
-    def holder() -> str:
-        try:
-            return (directory / ".lock").read_text(encoding="utf-8")
-        except OSError:
-            return ""
-
-    for rank, text in enumerate(texts := gather_texts(holder())):
-        if text != texts[0]:
+    written = from_first_rank(_holder(directory))
+    begun = time.monotonic()
+    while (seen := _holder(directory)) != written and time.monotonic() - begun < _SEEN_SECONDS:
+        time.sleep(0.1)
+    for rank, text in enumerate(gather_texts(seen)):
+        if text != written:
             raise ConfigError(
                 f"--run {directory}: rank {rank} does not see what rank 0 has written there; the run's directory must "
                 "be on a file system that all machines share"

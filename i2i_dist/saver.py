@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import math
 import shutil
 import threading
 import time
@@ -33,7 +35,11 @@ from i2i_dist.telemetry.record import CHECKPOINT_FAILURES
 
 NOT_FINITE = "not finite"  # a kind of failure that is no disk's
 _POLL_SECONDS = 0.02
-_LEAVING_SECONDS = 20.0  # a disk that hangs must not keep a run from ending
+_LEAVING_SECONDS = 5.0  # where a rank has died all others end within 15, whatever the disk does
+_SLOW_SECONDS = 300.0  # a checkpoint that takes longer beside training is worth a word
+_REMINDER_SECONDS = 60.0  # between two words where the run waits for one
+
+_log = logging.getLogger("i2i_dist.saver")
 
 
 class _NotFiniteError(ValueError):
@@ -94,9 +100,16 @@ def write(
 class Saver:
     """Writes the checkpoints of a run, one at a time. All ranks call its methods alike, between updates."""
 
-    def __init__(self, directory: Path, keep: Keep, device: torch.device) -> None:
-        """Name the directory of the checkpoints, which of them stay, and the device of the ranks' collectives."""
-        self._directory, self._keep, self._device = directory, keep, device
+    def __init__(self, directory: Path, keep: Keep, device: torch.device, patience: float = math.inf) -> None:
+        """Prepare to save.
+
+        Args:
+            directory: Of the checkpoints.
+            keep: Which of them stay.
+            device: Of the ranks' collectives.
+            patience: For how many seconds `finish` waits for a disk.
+        """
+        self._directory, self._keep, self._device, self._patience = directory, keep, device, patience
         self._host: dict[str, Tensor] = {}  # where copies go; kept, since memory is slow the first time
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
@@ -104,11 +117,13 @@ class Saver:
         self._error: Exception | None = None  # what this rank has met and not told yet
         self._ended = 0.0
         self._failure: Failure | None = None
+        self._hung = False  # `finish` has given up: a thread of some rank may still write from the copies
+        self._reminder = 0.0  # `time.monotonic` at which this rank says that it is slow
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way; the same on all ranks."""
-        return self._save is not None
+        """Whether no save can begin, since one is under way or never ended; the same on all ranks."""
+        return self._save is not None or self._hung
 
     @property
     def flags(self) -> tuple[bool, bool]:
@@ -125,7 +140,7 @@ class Saver:
             pools: This rank's image pools.
             begun: `time.monotonic` when training was stopped for it.
         """
-        assert self._save is None, "one save at a time"
+        assert not self.busy, "one save at a time"
         rank, _ = rank_and_world()
         name = from_first_rank(self._create(state, captured) if rank == 0 else "")
         writing = self._directory / name if name else None
@@ -133,6 +148,7 @@ class Saver:
         if writing is not None:
             self._start(lambda: _write_share(writing, sides, pool, rank))
         self._save = _Save(state, sides, writing, begun, time.monotonic() - begun)
+        self._reminder = time.monotonic() + _SLOW_SECONDS
 
     def _create(self, state: State, captured: Mapping[str, Captured]) -> str:
         name = f".writing-{directory_name(state.images_seen)}-{uuid.uuid4().hex[:8]}"
@@ -185,7 +201,10 @@ class Saver:
             failed: Whether any rank has failed.
         """
         save = self._save
-        if save is None or working:
+        if save is None:
+            return None
+        if working:
+            self._remind(save, math.inf)
             return None
         if self._error is not None and not isinstance(self._error, (OSError, _NotFiniteError)):
             raise self._error
@@ -199,6 +218,17 @@ class Saver:
         outcome = Outcome(save.state.images_seen, self._failure or failure, self._ended - save.begun, save.paused)
         self._save, self._thread, self._closing = None, None, False
         return outcome
+
+    def _remind(self, save: _Save, again: float) -> None:
+        """Say that this rank's thread is slow, where it is time to, and again after so many seconds."""
+        now = time.monotonic()
+        if self.flags[0] and now >= self._reminder:
+            seen, rank = save.state.images_seen, rank_and_world()[0]
+            told = (
+                "The checkpoint at image %d waits for the disk of rank %d, for %.0f s so far: look whether %s answers."
+            )
+            _log.warning(told, seen, rank, now - save.begun, self._directory)
+            self._reminder = now + again
 
     def _close(self, save: _Save, given_up: bool) -> None:
         """Publish, or remove what was written. On rank 0."""
@@ -214,22 +244,37 @@ class Saver:
     def finish(self) -> Outcome | None:
         """Wait until nothing is under way; return what came of it, or None where nothing was. Collective.
 
-        The ranks exchange their flags all along: none waits for a slow disk of another for longer than a moment.
+        The ranks exchange their flags all along: none waits for a slow disk of another for longer than a moment. After
+        the saver's patience the save counts as failed, and none can begin any more.
         """
-        outcome = None
-        while self.busy:
+        outcome, begun = None, time.monotonic()
+        self._reminder = begun + _REMINDER_SECONDS
+        while (save := self._save) is not None:
             stacks.alive()  # a slow disk is no hang
             if self._thread is not None:
                 self._thread.join(_POLL_SECONDS)
-            outcome = self.advance(*any_rank(torch.tensor(self.flags, device=self._device)))
+            mine = self.flags
+            late = time.monotonic() - begun > self._patience
+            working, failed, given_up = any_rank(torch.tensor([*mine, late], device=self._device))
+            if working and given_up:
+                return self._give_up(save, mine[0])
+            self._remind(save, _REMINDER_SECONDS)
+            outcome = self.advance(working, failed)
         return outcome
 
-    def leave(self) -> None:
-        """Let this rank's thread end, where the run ends for an error and the other ranks may be gone.
+    def _give_up(self, save: _Save, mine: bool) -> Outcome:
+        """End a save whose thread hangs on some rank, `mine` where on this one. Collective."""
+        error = TimeoutError(f"the disk has not answered for {self._patience:.0f} s") if mine else None
+        failure = _agree_on_failure(error)
+        self._save, self._closing, self._hung = None, False, True
+        return Outcome(save.state.images_seen, failure, time.monotonic() - save.begun, save.paused)
 
-        On rank 0 a checkpoint that all ranks have written is published all the same.
+    def leave(self) -> None:
+        """Let a checkpoint that all ranks have written be published, on rank 0, where the run ends for an error.
+
+        The other ranks may be gone: a share that is still being written will never be part of one, so nobody waits.
         """
-        if self._thread is not None:
+        if self._closing and self._thread is not None:
             self._thread.join(_LEAVING_SECONDS)
 
 

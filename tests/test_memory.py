@@ -106,7 +106,7 @@ def measure() -> dict[Any, Weighed]:
     """
     found: dict[Any, Weighed] = {}
     for bucket in BUCKETS:
-        engines._LARGEST_BUCKET = bucket
+        engines.LARGEST_BUCKET = bucket
         for stage in STAGES:
             found[bucket, stage] = weigh(stage)
     for stage in (1, 2, 3):
@@ -125,7 +125,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Weighed
 def test_it_is_what_the_rank_holds_that_holds_most(
     measured: list[dict[Any, Weighed]], monkeypatch: pytest.MonkeyPatch, stage: int, bucket: int
 ) -> None:
-    monkeypatch.setattr(engines, "_LARGEST_BUCKET", bucket)
+    monkeypatch.setattr(engines, "LARGEST_BUCKET", bucket)
     module = Net()
     computed = side_memory(module, groups(module), stage, WORLD, averaged=True)
     transient = computed.passing + (computed.bucket if stage in (1, 2) else 0)  # gone at the end of the pass
@@ -140,7 +140,7 @@ def test_it_is_what_the_rank_holds_that_holds_most(
 def test_offloaded_both_memories_hold_what_is_computed(
     measured: list[dict[Any, Weighed]], stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "_LARGEST_BUCKET", BUCKETS[-1])
+    monkeypatch.setattr(engines, "LARGEST_BUCKET", BUCKETS[-1])
     module = Net()
     computed = offloaded_memory(module, groups(module), stage, WORLD, averaged=True)
     bucket = 4 * bucket_elements(module)

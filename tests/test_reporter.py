@@ -41,7 +41,8 @@ def reporter(method: Any, directory: Path, rank: int = 0, world: int = 2) -> Rep
         ranks=SimpleNamespace(rank=rank, world=world),
         start=SimpleNamespace(images_seen=0, updates=0, dataset={"a": {}, "b": {}}, config={"method": {"name": "x"}}),
         settings=SimpleNamespace(
-            directory=directory, config=SimpleNamespace(output=SimpleNamespace(metrics_port=None))
+            directory=directory,
+            config=SimpleNamespace(output=SimpleNamespace(metrics_port=None, checkpoint_every_images=10)),
         ),
     )  # fmt: skip
     return Reporter(run)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -54,9 +55,26 @@ def test_another_measure_takes_over_with_what_was_measured_before(tmp_path: Path
     assert not (tmp_path / "best").exists(), "it would name what is gone"
 
 
-def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
+DAMAGES = {
+    "half a file": ("state.json", "{", None),
+    "scores of another kind": ("state.json", '"scores": {', '"scores": 7, "scorfs": {'),
+    "a score of another kind": ("state.json", '"loss": 1.0', '"loss": "1"'),
+    "no images seen": ("state.json", '"images_seen"', '"images_sedn"'),
+    "no numbers of a side": ("state.json", '"generator"', '"generatos"'),
+    "a format of another name": ("manifest.json", '"format"', '"gormat"'),
+    "a format of another kind": ("manifest.json", '"format": 2', '"format": "2"'),
+    "a format that never was": ("manifest.json", '"format": 2', '"format": 0'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_not_the_best_and_costs_no_later_one(tmp_path: Path, damage: str) -> None:
     saved(tmp_path, [10, 20], last=2, scores={10: 1.0, 20: 2.0}, best="loss")
-    (tmp_path / directory_name(10) / "state.json").write_text("{")
+    name, was, becomes = DAMAGES[damage]
+    file = tmp_path / directory_name(10) / name
+    text = file.read_text()
+    assert was in text
+    file.write_text(was if becomes is None else text.replace(was, becomes))
     saved(tmp_path, [30], last=1, scores={30: 3.0}, best="loss")
     assert visible(tmp_path) == [20, 30]
 
@@ -106,6 +124,18 @@ def test_room_counts_what_older_ones_will_give_back(tmp_path: Path, monkeypatch:
     held = sum(file.stat().st_size for file in (tmp_path / directory_name(100)).iterdir())
     assert free_bytes(tmp_path) == 1000 + held
     assert Room(100, 10, 1000).fits and not Room(101, 10, 1000).fits
+
+
+@pytest.mark.parametrize("call", ["disk_usage", "is_dir"])
+def test_room_that_the_system_does_not_tell_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(retention.shutil if call == "disk_usage" else Path, call, refuse)
+    assert free_bytes(tmp_path) is None
+    assert Room(100, 10, None).fits
 
 
 def test_scores_are_means_since_they_were_taken() -> None:

@@ -186,13 +186,68 @@ def test_who_leaves_for_an_error_publishes_what_is_complete(tmp_path: Path, monk
     new_saver(tmp_path).leave()  # nothing to wait for
 
 
-def test_who_leaves_waits_for_no_disk_that_hangs(tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver, "_LEAVING_SECONDS", 0.2)
+def test_who_leaves_waits_for_no_share_that_can_no_longer_be_published(tmp_path: Path, held: Held) -> None:
     mine = new_saver(tmp_path)
     begin(mine, 100, plain_sides(1), filled_pools(1))
+    begun = time.monotonic()
     mine.leave()
+    assert time.monotonic() - begun < saver._LEAVING_SECONDS / 2
     assert mine.flags == (True, False)
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "i2i-saver")
+
+
+def test_who_leaves_does_not_wait_for_ever_to_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert saver._LEAVING_SECONDS < 10, "after the death of a rank all others end within 15 s"
+    go = threading.Event()
+    monkeypatch.setattr(saver, "_LEAVING_SECONDS", 0.2)
+    monkeypatch.setattr(publishing, "publish", lambda *_: go.wait(60))
+    mine = new_saver(tmp_path)
+    begin(mine, 100, plain_sides(1), filled_pools(1))
+    while mine.flags[0]:
+        time.sleep(0.01)
+    mine.advance(False, False)
+    mine.leave()
+    assert mine.flags == (True, False)
+    go.set()
+
+
+@pytest.mark.parametrize("phase", ["write_share", "publish"])
+def test_a_disk_that_hangs_is_told_of_and_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
+) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(publishing, phase, lambda *_: go.wait(60))
+    monkeypatch.setattr(saver, "_REMINDER_SECONDS", 0.2)
+    mine = Saver(tmp_path, Keep(3), torch.device("cpu"), patience=1)
+    begin(mine, 100, plain_sides(1), filled_pools(1))
+    outcome = mine.finish()
+    assert outcome is not None
+    assert outcome.failure == Failure("other", "rank 0: the disk has not answered for 1 s")
+    told = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(told) <= 5, "one after each 0.2 s of 1"
+    assert all(text.startswith("The checkpoint at image 100 waits for the disk of rank 0, for ") for text in told)
+    assert mine.busy, "its thread may still read the copies"
+    assert mine.finish() is None
+    begun = time.monotonic()
+    mine.leave()
+    assert time.monotonic() - begun < saver._LEAVING_SECONDS / 2
+    go.set()
+
+
+def test_a_slow_disk_beside_training_is_told_of_once(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(saver, "_SLOW_SECONDS", 0.2)
+    mine = new_saver(tmp_path)
+    begin(mine, 100, plain_sides(1), filled_pools(1))
+    mine.advance(True, False)
+    assert not caplog.records
+    time.sleep(0.3)
+    for _ in range(3):
+        mine.advance(True, False)
+    held.go.set()
+    assert (outcome := mine.finish()) is not None and outcome.failure is None
+    assert len(caplog.records) == 1
 
 
 def test_ranks_talk_on_the_main_thread_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

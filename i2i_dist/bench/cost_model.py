@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from i2i_dist.bench.update_counts import Counts, SideCounts
-from i2i_dist.engines import PERSISTENCE_THRESHOLD
+from i2i_dist.engines import LARGEST_BUCKET, PERSISTENCE_THRESHOLD
 from i2i_dist.method import SIDES, Side
 
 FP32 = 4  # bytes
 _BUCKET = 500_000_000  # elements that DeepSpeed reduces in one call at ZeRO 0
-_ZERO_BUCKET = 50_000_000  # and the engines at ZeRO 1 and 2
 
 
 class Gpu(NamedTuple):
@@ -101,7 +100,7 @@ def _of_side(side: SideCounts, stage: int, threshold: int) -> list[Call]:
         return [Call("all_reduce", whole / pieces, pieces * steps)]
     norms = Call("all_reduce", FP32 * (2 if stage == 3 else 1), len(groups) * steps)
     if stage < 3:
-        pieces = math.ceil(side.elements / _ZERO_BUCKET)
+        pieces = math.ceil(side.elements / LARGEST_BUCKET)
         new = [Call("all_gather", FP32 * sum(group), steps) for group in groups]
         return [Call("all_reduce", whole / pieces, pieces * steps), norms, *new]
     sizes = [pair for group in zip(groups, side.fetched, strict=True) for pair in zip(*group, strict=True)]

@@ -63,7 +63,7 @@ def _words(row: Mapping[str, Any]) -> tuple[str, str]:
     losses = [name for name, value in row["losses"].items() if not math.isfinite(value)]
     what = f"a loss that is not finite ({', '.join(losses)})"
     if not losses:
-        what = f"a gradient of the {' and the '.join(row['met'])} that is not finite, its losses being so"
+        what = f"a gradient of the {' and the '.join(row['met'])} that is not finite, though all its losses are finite"
     return what, ", ".join(f"{domain} {_first(keys)}" for domain, keys in row["keys"].items())
 
 

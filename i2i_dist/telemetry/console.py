@@ -39,7 +39,7 @@ class Plan:
         ops_backend: What computes the fused ops, as `ops` names it.
         checkpoint_bytes: How large a checkpoint will be.
         checkpoints_at_most: How many will lie on the disk at once.
-        checkpoint_room: Bytes that are free for them.
+        checkpoint_room: Bytes that are free for them; None where that is unknown.
     """
 
     method: str
@@ -60,7 +60,7 @@ class Plan:
     ops_backend: str
     checkpoint_bytes: int
     checkpoints_at_most: int
-    checkpoint_room: int
+    checkpoint_room: int | None
 
     @property
     def global_batch(self) -> int:
@@ -78,6 +78,7 @@ def plan_text(plan: Plan) -> str:
     length = f"{_count(plan.target_images)} images, {plan.updates:,} updates"
     if plan.images_seen:
         length += f"; resumes at image {_count(plan.images_seen)}"
+    room = "an unknown amount" if plan.checkpoint_room is None else bytes_text(plan.checkpoint_room)
     rows = {
         "method": f"{plan.method}, {plan.precision}, ops {plan.ops_backend}",
         "ranks": f"{_plural(plan.nodes, 'node')}, {_plural(plan.ranks, 'rank')} on {plan.device}; ZeRO stage {stages}",
@@ -86,7 +87,7 @@ def plan_text(plan: Plan) -> str:
         "parameters": f"{networks}; {_count(sum(plan.parameters.values()))} in all",
         "length": length,
         "checkpoints": f"at most {plan.checkpoints_at_most} of {bytes_text(plan.checkpoint_bytes)}: "
-        f"{bytes_text(plan.checkpoints_at_most * plan.checkpoint_bytes)} of {bytes_text(plan.checkpoint_room)} free",
+        f"{bytes_text(plan.checkpoints_at_most * plan.checkpoint_bytes)} of {room} free",
         "run": str(plan.run_directory),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in rows.items())

@@ -49,7 +49,9 @@ class Metrics:
     value would show as a burst of images. The position of the run is the gauge `i2i_train_images_seen`.
     """
 
-    def __init__(self, build: Mapping[str, str], run: Mapping[str, str], images_seen: int, target_images: int) -> None:
+    def __init__(
+        self, build: Mapping[str, str], run: Mapping[str, str], images_seen: int, target_images: int, interval: int
+    ) -> None:
         """Register the metrics.
 
         Args:
@@ -57,6 +59,7 @@ class Metrics:
             run: Labels of `i2i_run_info`: method, precision and the like. No paths, no secrets.
             images_seen: Images at which this process starts; above 0 when the run resumes.
             target_images: Images at which the run ends.
+            interval: Images from one checkpoint to the next.
         """
         # Creation times would double the counters' series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -66,7 +69,7 @@ class Metrics:
         Info("i2i_run", "What is being trained.", registry=registry).info(dict(run))
         self._progress(images_seen, target_images)
         self._time_and_data()
-        self._checkpoints()
+        self._checkpoints(interval)
 
     def _progress(self, images_seen: int, target_images: int) -> None:
         registry = self.registry
@@ -126,8 +129,10 @@ class Metrics:
             "i2i_memory_bytes", "Memory of this process: CUDA peak or resident set.", ["kind"], registry=registry
         )
 
-    def _checkpoints(self) -> None:
+    def _checkpoints(self, interval: int) -> None:
         registry = self.registry
+        images = Gauge("i2i_checkpoint_interval_images", "Images from one checkpoint to the next.", registry=registry)
+        images.set(interval)
         self._checkpoint_success = Gauge(
             "i2i_checkpoint_last_success_timestamp_seconds",
             "Unix time of the last published checkpoint; of the process's start before the first.",

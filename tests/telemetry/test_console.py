@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_plan_text() -> None:
         checkpoint_room=2 * 10**12,
     )
     assert plan.global_batch == 128
+    assert "at most 5 of 341.2 MB: 1.7 GB of an unknown amount free\n" in plan_text(replace(plan, checkpoint_room=None))
     assert plan_text(plan).splitlines() == [
         "method      dclgan, bf16, ops native",
         "ranks       2 nodes, 16 ranks on cuda; ZeRO stage generator 2 offloaded, discriminator 1; blocks recomputed",

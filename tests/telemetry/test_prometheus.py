@@ -28,7 +28,7 @@ def record(images_seen: int, losses: dict[str, float]) -> UpdateRecord:
 
 
 def new_metrics(images_seen: int = 0) -> Metrics:
-    return Metrics({"version": "0.1.0"}, {"method": 'cut "a\\b"'}, images_seen=images_seen, target_images=1000)
+    return Metrics({"version": "0.1.0"}, {"method": 'cut "a\\b"'}, images_seen, target_images=1000, interval=200)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_names_and_help_follow_the_conventions(metrics: Metrics) -> None:
     metrics.update(record(20, {"g": 1.0}))
     page = generate_latest(metrics.registry).decode()
     families = list(text_string_to_metric_families(page))
-    assert len(families) == 22
+    assert len(families) == 23
     for family in families:
         assert family.name.startswith("i2i_")
         assert family.documentation.endswith(".")

@@ -63,6 +63,11 @@ def _in_second_share(change: Callable[[Callable[[], None]], None]) -> None:
     publishing.write_share = write_share
 
 
+def disk_hangs_in_second_checkpoint() -> None:
+    """For longer than any run waits."""
+    _in_second_share(lambda write: time.sleep(3600))
+
+
 def disk_full_in_second_checkpoint() -> None:
     """At the tenth piece that is written, others having been."""
     real = os.pwrite

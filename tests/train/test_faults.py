@@ -96,6 +96,17 @@ def test_a_rank_that_dies_before_all_is_written_leaves_the_checkpoint_before(dcl
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
 
 
+def test_a_run_does_not_wait_for_ever_for_a_disk_that_hangs(dclgan: Path, tmp_path: Path) -> None:
+    words = ["--config", str(dclgan), *settings(engine__timeout_seconds=12), "--run", str(tmp_path / "run")]
+    ranks = start_ranks(2, words, tmp_path / "log", hooks=["", "disk_hangs_in_second_checkpoint"])
+    codes, (text, _) = finish(ranks)
+    assert codes == [1, 1], text
+    reason = "rank 1: the disk has not answered for 12 s"
+    assert re.search(rf"No checkpoint at image \d+: {reason}\. Those before it are kept\.", text)
+    assert f"at image 24, but its last checkpoint could not be written ({reason})" in text
+    assert checkpoints(tmp_path / "run") == [f"images_{8:012d}"]
+
+
 def test_a_run_whose_last_checkpoint_is_not_written_claims_no_success(dclgan: Path, tmp_path: Path) -> None:
     words = ["--config", str(dclgan), "--run", str(tmp_path / "run")]
     half = start([*words, *settings(schedule__constant_epochs=1)], tmp_path / "half")
@@ -167,7 +178,10 @@ def test_a_passing_nan_costs_its_updates_and_delays_a_checkpoint(dclgan: Path, t
     first, second = bad_updates(tmp_path / "run")
     assert (first["update"], first["met"], second["update"], second["met"]) == (4, ["discriminator"], 5, ["generator"])
     assert second["nonfinite"] == [] and second["skipped"] == ["generator"] and "gan_ab" in second["losses"]
-    said = "Update 5: rank 0 met a gradient of the generator that is not finite, its losses being so; its samples: a 0"
+    said = (
+        "Update 5: rank 0 met a gradient of the generator that is not finite, though all its losses are finite; "
+        "its samples: a 0"
+    )
     assert run.text.count(said) == 1
     assert checkpoints(tmp_path / "run")[0] == f"images_{12:012d}"  # not at 8
     assert_good(tmp_path / "run", 24)
