@@ -65,7 +65,7 @@ def test_a_port_in_use_is_named(dclgan: Path, tmp_path: Path) -> None:
         taken.listen()
         environment = rank_environment(0, 2, taken.getsockname()[1])
         run = start(["--config", str(dclgan), "--run", str(tmp_path / "run")], tmp_path / "log", environment)
-        assert run.wait() == 2, run.text
+        assert run.wait() == 1, run.text  # worth another try
         assert f"port {environment['MASTER_PORT']}, on which the ranks meet, is in use" in run.text
         assert "Traceback" not in run.text
 
@@ -156,7 +156,7 @@ def longer(config: Path, run: Path, epochs: int = 4) -> list[str]:
 def test_a_directory_in_use(dclgan: Path, run: Path, tmp_path: Path) -> None:
     before = (run / "config.yaml").read_text()
     with run_directory.lock(run):
-        text = refused(longer(dclgan, run), tmp_path / "log")
+        text = refused(longer(dclgan, run), tmp_path / "log", code=1)  # worth another try
     assert f"--run {run} is in use by process {os.getpid()} on " in text
     assert (run / "config.yaml").read_text() == before
 
