@@ -252,7 +252,7 @@ LOST = "The launcher that started this rank is gone: the run saves and ends."
 
 
 def test_deepspeed_is_killed_and_comes_back_and_is_stopped(dclgan: Path, tmp_path: Path) -> None:
-    """Its front end and launch.py are killed: the ranks save by themselves. The next try gets SIGTERM."""
+    """Its launch.py is killed, and the front end answers 0: the ranks save by themselves. The next try gets SIGTERM."""
     run = tmp_path / "run"
     words = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
     process = launch([*SUPERVISE, "--restarts", "1", "--", *words, "--run", str(run), *ENDLESS], tmp_path / "console")
@@ -261,12 +261,11 @@ def test_deepspeed_is_killed_and_comes_back_and_is_stopped(dclgan: Path, tmp_pat
         launchers = family[:2]
         assert "deepspeed.launcher.launch" in launchers[1].cmdline() and len(family) >= 4
         begun = time.monotonic()
-        for one in launchers:
-            one.kill()
+        launchers[1].kill()
         process.wait_for("restart 1 of 1")
         gone = time.monotonic() - begun
         assert gone < 30
-        assert "ended with exit code 137" in process.text
+        assert "ended with exit code 1; restart" in process.text  # not 75: nobody has asked for it
     # All leave as soon as one has noticed.
     assert any(LOST in (run / "logs" / f"rank_000{rank}.log").read_text() for rank in (0, 1))
     stopped = assert_saved_where_it_stopped(run, process.text)
