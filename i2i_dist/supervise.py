@@ -198,6 +198,7 @@ class Supervisor:
             if code is not None or self.asked:
                 deadline = min(deadline, time.monotonic() + self._grace)
             if time.monotonic() > deadline:
+                self._orphan_failed |= not all(map(_is_shared_connection, descendants_of(os.getpid())))
                 self._kill(f"did not end within the grace of {self._grace:g} s")
                 return self._verdict(code if code is not None else -signal.SIGKILL)
 
@@ -261,13 +262,21 @@ class Supervisor:
         if texts := self._reports.newest():
             return set(texts) == {str(DONE)}
         # Ranks on other machines cannot report. When pdsh is killed, its connections outlive it, and end with an error.
-        return self._elsewhere and not (self.asked or self._killed or self._orphan_failed)
+        return self._elsewhere and not (self.asked or self._orphan_failed)
 
 
 def _has_hostfile(command: Sequence[str]) -> bool:
     """Say whether a command of deepspeed starts its ranks by ssh, which hands on neither reports nor variables."""
     words = " ".join(command).split()  # also those of a shell's script
     return "--no_ssh" not in words and any(word.startswith(("--hostfile", "-H")) for word in words)
+
+
+def _is_shared_connection(pid: int) -> bool:
+    """Say whether a process is what ssh leaves behind for later connections where ControlPersist is set."""
+    try:
+        return b"[mux]" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return True
 
 
 def _signal(pid: int, number: int) -> None:

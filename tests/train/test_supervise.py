@@ -145,13 +145,15 @@ def test_a_launcher_that_has_started_its_ranks_again_is_believed(tmp_path: Path,
         ("exit 0 # deepspeed --hostfile FILE", 0),
         ("(sleep 0.2; exit 75) & exit 0 # deepspeed --hostfile FILE", 1),
         ("sleep 0.2 & exit 0 # deepspeed --hostfile FILE", 0),
+        ("sleep 60 & exit 0 # deepspeed --hostfile FILE", 1),
+        ("bash -c 'exec -a \"ssh: /x [mux]\" sleep 60' & exit 0 # deepspeed --hostfile FILE", 0),  # of ControlPersist
     ],
 )
 def test_success_without_a_report_is_believed_where_ranks_are_started_by_ssh(
     tmp_path: Path, script: str, answer: int
 ) -> None:
     """But for connections that have outlived what had opened them: pdsh was killed, and deepspeed answers 0."""
-    run = supervised(tmp_path, [], script)
+    run = supervised(tmp_path, ["--grace", "1"], script)
     assert run.wait() == answer, run.text
 
 
