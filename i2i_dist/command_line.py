@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from i2i_dist import supervise
 from i2i_dist.config import ConfigError
 from i2i_dist.distributed import Ranks
 
@@ -31,7 +32,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        ConfigError: An option that is not known, with its name here where it is a habit from another trainer.
+        ConfigError: An option that is not known, with its name here where it is a habit from another trainer; or
+            --fresh where each restart would begin one more run.
     """
     parser = argparse.ArgumentParser(
         prog="train.py", description="Train an image-to-image translation GAN.", allow_abbrev=False
@@ -60,6 +62,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if name in _HABITS:
             hint = f"write --set {shlex.quote(f'{_HABITS[name]}={value}')}"
         raise ConfigError(f"{unknown[0]} is not an option here; {hint}")
+    if options.fresh and not options.dry_run and supervise.may_start_again(os.environ):
+        raise ConfigError(
+            "--fresh: this command is started again when it fails, and would start over at each restart; leave it out, "
+            "and name a new directory: --run DIR"
+        )
     return options
 
 

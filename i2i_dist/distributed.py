@@ -57,8 +57,9 @@ def _adopt_slurm(environment: MutableMapping[str, str]) -> None:
         LOCAL_WORLD_SIZE=str(max(1, int(tasks) // nodes)),
     )
     environment.setdefault("MASTER_ADDR", _first_host(environment))
-    # Every rank must compute the same port without talking, and two jobs on a node should not meet on it.
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+    # Every rank must compute the same port without talking, and two jobs on a node should not meet on it. From 32768 on
+    # Linux gives ports to connections of any program.
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000))
 
 
 def _first_host(environment: Mapping[str, str]) -> str:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from i2i_dist import checkpoint
+from i2i_dist.agreement import TemporaryError, kind_of
 from i2i_dist.checkpoint import CheckpointError, State
 from i2i_dist.config import ConfigError
 from i2i_dist.distributed import from_first_rank, gather_texts
 
 _SEEN_SECONDS = 5.0  # longer than NFS clients believe what they know of a file (acregmin: 3)
+
+_WENT_BACK = ".went_back"  # of a run's directory: the checkpoint that its training went on from, and --resume
 
 _log = logging.getLogger("i2i_dist.run")
 
@@ -35,20 +38,21 @@ def lock(directory: Path) -> IO[str]:
     """Make the directory and lock it until the returned file is closed or the process ends, however it ends.
 
     Raises:
-        ConfigError: Another run holds the lock, or the directory cannot be written.
+        ConfigError: The directory cannot be written.
+        TemporaryError: Another run holds the lock, perhaps one that is about to end; or the disk fails or is full.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--run {directory}: cannot be written: {error.strerror}") from None
+        raise kind_of(error)(f"--run {directory}: cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ConfigError(
+        raise TemporaryError(
             f"--run {directory} is in use by {holder}; wait for it, stop it, or give this run another --run"
         ) from None
     file.truncate(0)
@@ -93,6 +97,32 @@ def write_config(directory: Path, text: str) -> None:
     temporary = directory / ".config.yaml"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, directory / "config.yaml")
+
+
+def asked_for(directory: Path, resume: str, started_again: bool) -> str:
+    """Return what `--resume` means now: a restart must not go back once more, and lose what was trained since.
+
+    Args:
+        directory: The run directory, of which this process holds the lock.
+        resume: "auto" or the path of a checkpoint.
+        started_again: Whether the same command was started before.
+    """
+    note = directory / _WENT_BACK
+    text = note.read_text(encoding="utf-8") if note.exists() else ""
+    begun_from, _, noted = text.partition(" ")
+    if not started_again or noted != resume:
+        note.unlink(missing_ok=True)
+        return resume
+    if not any(path.name > begun_from for path in (directory / "checkpoints").glob("images_*")):
+        return resume
+    _log.info("The run has gone on since it went back with --resume %s: this restart takes its newest.", resume)
+    return "auto"
+
+
+def note_going_back(directory: Path, resume: str, images_seen: int) -> None:
+    """Write down that the run has gone on from the checkpoint that `--resume` names, for `asked_for`."""
+    name = checkpoint.directory_name(images_seen)
+    (directory / _WENT_BACK).write_text(f"{name} {resume}", encoding="utf-8")
 
 
 def find_checkpoint(directory: Path, resume: str) -> Path | None:

@@ -25,9 +25,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False  # of this rank alone
+        self.launcher_lost = False  # and nobody had asked before
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
-        supervise.register()  # not before, or a signal handed on ended the process
+        # Not before, or a signal handed on ended the process.
+        self.registered = supervise.register()
         if has_launcher(os.environ):
             top = supervise.supervisor() or _launcher()
             watch = threading.Thread(target=self._watch, args=(top, ancestors_up_to(top)), daemon=True)
@@ -41,8 +43,9 @@ class StopRequest:
         by_ssh = int(os.environ.get("CROSS_SIZE", "1")) > 1  # nodes of the deepspeed command
         while ancestors_up_to(top) == launchers and not (by_ssh and nobody_reads(1)):
             time.sleep(_LOOK_EVERY)
-        _log.warning("The launcher that started this rank is gone: the run saves and ends.")
+        self.launcher_lost = not self.asked
         self.asked = True
+        _log.warning("The launcher that started this rank is gone: the run saves and ends.")
 
 
 def has_launcher(environment: Mapping[str, str]) -> bool:

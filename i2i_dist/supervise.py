@@ -22,14 +22,16 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from i2i_dist.exit_codes import DONE, FAILED, MISCONFIGURED, STOPPED
-from i2i_dist.processes import descendants_of
+from i2i_dist.processes import ancestors_up_to, descendants_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 VARIABLE = "I2I_DIST_SUPERVISOR"  # of a rank's environment: "PROCESS ID:NAME OF THE SOCKET"
+RESTART = "I2I_DIST_RESTART"  # the same: the number of this restart, 0 for the first try
+RESTARTS = "I2I_DIST_RESTARTS"  # the same: how many restarts there may be
 
 _LONG_TRY = 600.0  # seconds; a try that has lasted as long begins the pauses anew
 _LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -37,6 +39,9 @@ _DEATH = 30.0  # seconds that a killed process may take: what waits for a dead f
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 _ANSWER = 5.0  # seconds that a rank waits for a supervisor that does not read
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+_LOST = "lost"  # what a rank reports, beside its exit code, when it ends because its launcher is gone
+_COUNTS = (RESTART, "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # of starts of the same command before
+_LIMITS = (RESTARTS, "SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
 
 
 # ------------------------------------------------------------------------------------------------------ a rank's side
@@ -49,14 +54,36 @@ def supervisor() -> int | None:
     return None
 
 
-def register() -> None:
-    """Tell the supervisor, where there is one, that this process is a rank that listens to signals."""
-    _send("")
+def register() -> bool:
+    """Tell the supervisor, where there is one, that this process is a rank that listens to signals.
+
+    Returns:
+        False where a supervisor has started this process and cannot be told. A rank on another machine has none.
+    """
+    if _send("") or VARIABLE not in os.environ:
+        return True
+    top = int(os.environ[VARIABLE].partition(":")[0])
+    return ancestors_up_to(top)[-1] != top
+
+
+def report_loss() -> None:
+    """Tell the supervisor, where there is one, that this rank is about to end because its launcher is gone."""
+    _send(_LOST)
 
 
 def report(code: int) -> None:
     """Tell the supervisor, where there is one, the code with which this rank is about to end."""
     _send(str(code))
+
+
+def started_again(environment: Mapping[str, str]) -> bool:
+    """Say whether the same command was started before: by a supervisor, by SLURM for the same job, or by torchrun."""
+    return any(int(environment.get(name, "0")) > 0 for name in _COUNTS)
+
+
+def may_start_again(environment: Mapping[str, str]) -> bool:
+    """Say whether the same command is started again, or was, when it fails."""
+    return any(int(environment.get(name, "0")) > 0 for name in _LIMITS)
 
 
 def _to_supervisor() -> socket.socket:
@@ -73,9 +100,11 @@ def _to_supervisor() -> socket.socket:
     return connection
 
 
-def _send(text: str) -> None:
+def _send(text: str) -> bool:
     with contextlib.suppress(OSError), _to_supervisor() as connection:
         connection.send(text.encode())
+        return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ the supervisor's side
@@ -90,7 +119,12 @@ class _Reports:
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._socket.bind("\0" + self.name)
+        self._begin()
+
+    def _begin(self) -> None:
         self._of: dict[int, str] = {}
+        self._newest: set[int] = set()
+        self.launcher_lost = False  # a rank ends for that
 
     def read(self) -> dict[int, str]:
         """Return the last report of each process, by its id."""
@@ -99,13 +133,26 @@ class _Reports:
                 text, extra, *_ = self._socket.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
                 pid, user, _ = _CREDENTIALS.unpack(extra[0][2])
                 if user == os.getuid():
-                    self._of[pid] = text.decode()
+                    self._note(pid, text.decode())
         return self._of
+
+    def _note(self, pid: int, text: str) -> None:
+        if text == _LOST:
+            self.launcher_lost = True
+            return
+        if not text:  # what has ended before this one began is of an earlier start: torchrun makes several
+            self._newest = {one for one in self._newest if Path(f"/proc/{one}").exists()}
+        self._newest.add(pid)
+        self._of[pid] = text
+
+    def newest(self) -> list[str]:
+        """Return the last reports of the ranks that the launcher has started last."""
+        return [self._of[pid] for pid in self._newest]
 
     def forget(self) -> None:
         """Begin a try."""
         self.read()
-        self._of = {}
+        self._begin()
 
 
 class Supervisor:
@@ -114,22 +161,27 @@ class Supervisor:
     def __init__(self, command: Sequence[str], grace: float) -> None:
         self._command, self._grace, self._reports = list(command), grace, _Reports()
         self._srun = Path(command[0]).name == "srun"  # its ranks descend from SLURM's daemons, and it signals them
-        self._killed = False
+        self._elsewhere = self._srun or _has_hostfile(command)
+        self._killed = self._orphan_failed = False
         self.asked = False
 
-    def run(self) -> int:
+    def run(self, restart: int, restarts: int) -> int:
         """Start the command, wait until every process below it has ended, and return the exit code of the try.
+
+        Args:
+            restart: The number of this restart, 0 for the first try.
+            restarts: How many there may be.
 
         Raises:
             OSError: There is no such command.
         """
         self._reports.forget()
-        environment = os.environ | {VARIABLE: f"{os.getpid()}:{self._reports.name}"}
+        told = {VARIABLE: f"{os.getpid()}:{self._reports.name}", RESTART: str(restart), RESTARTS: str(restarts)}
         leader = os.posix_spawnp(
-            self._command[0], self._command, environment, setsid=True, setsigmask=[], setsigdef=STOP_SIGNALS
+            self._command[0], self._command, os.environ | told, setsid=True, setsigmask=[], setsigdef=STOP_SIGNALS
         )
         code: int | None = None
-        deadline, self._killed = math.inf, False
+        deadline, self._killed, self._orphan_failed = math.inf, False, False
         while True:
             number = self.wait_for_signal(0.5)
             self._reports.read()  # or ranks have to wait
@@ -137,6 +189,8 @@ class Supervisor:
                 while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                     if ended[0] == leader:
                         code = os.waitstatus_to_exitcode(ended[1])
+                    else:  # its own parent is gone
+                        self._orphan_failed |= ended[1] != 0
             except ChildProcessError:  # orphans are handed to this process: without children nothing is below it
                 return self._verdict(code if code is not None else FAILED)
             if number is not None:
@@ -144,6 +198,7 @@ class Supervisor:
             if code is not None or self.asked:
                 deadline = min(deadline, time.monotonic() + self._grace)
             if time.monotonic() > deadline:
+                self._orphan_failed |= not all(map(_is_shared_connection, descendants_of(os.getpid())))
                 self._kill(f"did not end within the grace of {self._grace:g} s")
                 return self._verdict(code if code is not None else -signal.SIGKILL)
 
@@ -169,11 +224,13 @@ class Supervisor:
 
     def _kill(self, reason: str) -> None:
         """Kill everything below this process."""
-        _say(f"the command {reason}; killing its processes")
-        self._killed, deadline = True, time.monotonic() + _DEATH
+        said, self._killed, deadline = False, True, time.monotonic() + _DEATH
         while (family := descendants_of(os.getpid())) and time.monotonic() < deadline:
             for pid in family:
                 _signal(pid, signal.SIGKILL)
+            if not said:  # not before: a console that nobody reads may block
+                _say(f"the command {reason}; killed its processes")
+                said = True
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
@@ -183,19 +240,43 @@ class Supervisor:
 
     def _verdict(self, leader: int) -> int:
         """Return the exit code of a try from the command's own, negative for a signal, and those of the ranks."""
-        texts = list(self._reports.read().values())
-        codes = {int(text) for text in texts if text}
+        reports = self._reports.read()
+        codes = {int(text) for text in reports.values() if text}
+        if leader == DONE and self._is_done():
+            return DONE
         if MISCONFIGURED in codes:
             return MISCONFIGURED
         if codes - {DONE, STOPPED}:
             return FAILED
-        if STOPPED in codes and (self.asked or leader >= 0):  # else the command was lost, and the ranks noticed
+        lost = self._reports.launcher_lost and not self.asked
+        if STOPPED in codes and not lost and (self.asked or leader >= 0):  # else a launcher was lost, nobody asked
             return STOPPED
-        if self.asked and (self._killed or not texts):
+        if self.asked and (self._killed or not reports):
             return STOPPED
-        if leader == DONE and not all(texts):  # the deepspeed command answers 0 when its own child was killed
+        if leader == DONE or (lost and leader == STOPPED):
             return FAILED
         return leader if leader >= 0 else 128 - leader
+
+    def _is_done(self) -> bool:
+        """Say whether to believe a command that ends with 0: deepspeed's does so when its own child was killed."""
+        if texts := self._reports.newest():
+            return set(texts) == {str(DONE)}
+        # Ranks on other machines cannot report. When pdsh is killed, its connections outlive it, and end with an error.
+        return self._elsewhere and not (self.asked or self._orphan_failed)
+
+
+def _has_hostfile(command: Sequence[str]) -> bool:
+    """Say whether a command of deepspeed starts its ranks by ssh, which hands on neither reports nor variables."""
+    words = " ".join(command).split()  # also those of a shell's script
+    return "--no_ssh" not in words and any(word.startswith(("--hostfile", "-H")) for word in words)
+
+
+def _is_shared_connection(pid: int) -> bool:
+    """Say whether a process is what ssh leaves behind for later connections where ControlPersist is set."""
+    try:
+        return b"[mux]" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return True
 
 
 def _signal(pid: int, number: int) -> None:
@@ -204,14 +285,15 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"supervise.py: {text}.", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the console may be gone
+        print(f"supervise.py: {text}.", file=sys.stderr, flush=True)
 
 
 def _supervise(supervisor: Supervisor, restarts: int) -> int:
     short_tries = 0
     for number in range(restarts + 1):
         begun = time.monotonic()
-        code = supervisor.run()
+        code = supervisor.run(number, restarts)
         if supervisor.asked or code in (DONE, MISCONFIGURED, STOPPED):
             return code
         if number == restarts:
@@ -250,6 +332,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("no command; write it behind --, as in: supervise.py --restarts 3 -- deepspeed launchers/train.py")
     if options.restarts < 0:
         parser.error(f"--restarts: given {options.restarts}, allowed is 0 or more")
+    going_back = [word for word in command if word == "--fresh" or word.split("=")[0] == "--resume"]
+    if options.restarts and going_back and _has_hostfile(command):
+        parser.error(
+            f"{going_back[0]} with --hostfile: each restart would go back again, for ssh does not tell the ranks that "
+            f"they were started before; leave out --restarts, or {going_back[0]} once the run has a checkpoint"
+        )
     if not 0 <= options.grace < math.inf:
         parser.error(f"--grace: given {options.grace:g}, allowed is 0 or more seconds")
     return options, command

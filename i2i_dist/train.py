@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from i2i_dist import config, engines, plan, run_directory, stacks, supervise
-from i2i_dist.agreement import on_every_rank, on_first_rank
+from i2i_dist.agreement import TemporaryError, on_every_rank, on_first_rank
 from i2i_dist.assembly import Run, Settings, assemble, check_sizes
 from i2i_dist.checkpoint import CheckpointError
 from i2i_dist.command_line import parse, resume_command
@@ -53,18 +53,20 @@ def _start_engines(ranks: Ranks, timeout_seconds: int) -> torch.device:
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ConfigError(
+        raise TemporaryError(
             f"port {os.environ['MASTER_PORT']}, on which the ranks meet, is in use, perhaps by another run; give the "
             "launcher another: --master_port N"
         ) from None
 
 
-def _take_over(run: Run) -> None:
+def _take_over(run: Run, resume: str) -> None:
     """Leave in the run's directory what belongs to the training that starts now, and nothing that comes after it."""
     directory, settings = run.settings.directory, run.settings
     run_directory.write_config(directory, config.dump(settings.config, settings.method_config))
     StatsLog(directory / "stats.jsonl").truncate_after(run.start.images_seen)
     run_directory.set_aside(directory, run.start.images_seen, run.resumed_from)
+    if resume != "auto":
+        run_directory.note_going_back(directory, resume, run.start.images_seen)
 
 
 def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, arguments: Sequence[str]) -> int:
@@ -75,12 +77,16 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
     held = on_first_rank(lambda: run_directory.lock(settings.directory))
     run_directory.check_shared(settings.directory)
     on_every_rank(lambda: setup_logging(ranks.rank, settings.directory))
+    if not stop.registered:
+        _log.warning("The supervisor above this rank cannot be told of it: it will hand no signal on to this rank.")
     stacks.write_to(log_path(ranks.rank, settings.directory), settings.config.engine.timeout_seconds)
     logging.raiseExceptions = False  # a full disk must not answer each line of the log with a traceback
     if options.deepspeed_config and ranks.rank == 0:
         _log.warning("--deepspeed_config has no effect: the engines are set by the configuration's section 'engine'.")
-    run = assemble(settings, ranks, device, options.resume)
-    on_first_rank(lambda: _take_over(run))
+    again = supervise.started_again(os.environ)
+    resume = on_first_rank(lambda: run_directory.asked_for(settings.directory, options.resume, again)) or options.resume
+    run = assemble(settings, ranks, device, resume)
+    on_first_rank(lambda: _take_over(run, resume))
     plan.announce(run)
     reporter = Reporter(run)
     try:
@@ -90,6 +96,8 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
         for worker in multiprocessing.active_children():  # reading processes ignore milder words, see data/workers.py
             worker.kill()
     if code == STOPPED:
+        if stop.launcher_lost:
+            supervise.report_loss()
         alone = ranks.world == ranks.local_world
         advice = "Resume with" if alone else "Resume with the launcher's own options (hosts, rendezvous) and"
         _log.info("Stopped. %s: %s", advice, resume_command(arguments, settings.directory, ranks))
@@ -106,7 +114,7 @@ def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, argume
 
 def _explain(error: Exception, rank: int) -> int:
     """Say in one sentence what has ended this rank, write the rest into its log, and return the exit code."""
-    if isinstance(error, (ConfigError, CheckpointError, TrainingError)):  # the same on every rank
+    if isinstance(error, (ConfigError, TemporaryError, CheckpointError, TrainingError)):  # the same on every rank
         if rank == 0:
             _say(f"train.py: {error}")
         return MISCONFIGURED if isinstance(error, ConfigError) else FAILED

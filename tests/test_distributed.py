@@ -64,11 +64,11 @@ def test_all_tasks_of_a_step_meet_at_one_place() -> None:
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("job", ["1", "19999", "20000", "4294967295"])
+@pytest.mark.parametrize("job", ["1", "11999", "12000", "19999", "4294967295"])
 def test_ports_are_ports(job: str) -> None:
     environment = SRUN | {"SLURM_JOB_ID": job}
     adopt_environment(environment)
-    assert 20000 <= int(environment["MASTER_PORT"]) < 40000
+    assert 20000 <= int(environment["MASTER_PORT"]) < 32768  # above, Linux gives them to connections
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
+from i2i_dist import checkpoint
 from i2i_dist.data.synthetic import write_dataset
 from tests import launch_files, needs
 from tests.nodes.two_nodes import ADDRESSES, CABLE, HOSTS, SSH_SILENCE, Node, two_nodes, why_not
 from tests.ranks import ROOT, free_port, rank_environment
-from tests.train.runs import PATIENCE, SCRIPT, Started, finish, kill_all, launch, settings, write_config
+from tests.train.runs import PATIENCE, SCRIPT, Started, checkpoints, finish, kill_all, launch, settings, write_config
 
 IMAGES = 24  # what a run of the configuration sees
 TIMEOUT = 8  # seconds: engine.timeout_seconds of the runs whose cable is cut
@@ -145,3 +149,44 @@ def test_a_cut_cable_ends_the_run_on_both_nodes(cluster: Cluster, of_one_node: d
     codes, texts = finish(started)
     assert all(codes), texts
     assert weights(run) == of_one_node
+
+
+def below(run: Started, program: str) -> psutil.Process:
+    """Return the process of a run that has the name of this program among its first words."""
+    family = psutil.Process(run.pid).children(recursive=True)
+    (found,) = [one for one in family if any(Path(word).name == program for word in one.cmdline()[:2])]
+    return found
+
+
+def last_log_point(run: Path) -> int:
+    return int(json.loads((run / "stats.jsonl").read_text().splitlines()[-1])["images_seen"])
+
+
+@pytest.mark.soak
+def test_a_supervisor_of_ranks_behind_ssh(cluster: Cluster) -> None:
+    """Its pdsh is killed, and the front end answers 0: the ranks save, and are started again. Then it gets SIGTERM."""
+    run = cluster.home / "supervised"
+    command = ["deepspeed", "--hostfile", str(cluster.home / "hosts"), "--master_addr", ADDRESSES[0], SCRIPT]
+    endless = settings(schedule__constant_epochs=5000, output__checkpoint_every_images=100_000)
+    words = [*command, "--config", str(cluster.config), "--run", str(run), *endless]
+    (started,) = cluster.start(run, ["python", "launchers/supervise.py", "--restarts", "3", "--", *words])
+    ranks = {f"rank on {node.name}": functools.partial(node.running, f" -u {SCRIPT}") for node in cluster.nodes}
+
+    started.wait_for("img 8/")
+    assert [count() for count in ranks.values()] == [1, 1]
+    below(started, "pdsh").kill()
+    print(f"pdsh was killed: {seconds_until_gone(ranks)}")
+    saved = last_log_point(run)
+    assert checkpoints(run) == [f"images_{saved:012d}"]
+    started.wait_for("the command ended with exit code 1; restart 1 of 3")
+
+    started.wait_for(f"img {saved + 4}/")
+    assert [count() for count in ranks.values()] == [1, 1]
+    below(started, "supervise.py").send_signal(signal.SIGTERM)
+    seconds = seconds_until_gone(ranks)
+    print(f"The supervisor was terminated: {seconds}")
+    assert max(seconds.values()) < 30
+    assert started.wait() == 75, started.text
+    saved = last_log_point(run)
+    assert checkpoints(run)[-1] == f"images_{saved:012d}"
+    checkpoint.verify(run / "checkpoints" / checkpoints(run)[-1])

@@ -1,4 +1,4 @@
-"""What a supervisor sees of a rank, without a trainer: `fake_rank.py LOG until_told|deaf|CODE`."""
+"""What a supervisor sees of a rank, without a trainer: `fake_rank.py LOG until_told|deaf|lost|CODE`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def main(log: Path, what: str) -> int:
     for number in supervise.STOP_SIGNALS:
         signal.signal(number, note)
     supervise.register()
-    say(f"started {os.getpid()} {os.environ[supervise.VARIABLE]}")
+    environment = [os.environ[name] for name in (supervise.VARIABLE, supervise.RESTART, supervise.RESTARTS)]
+    say(f"started {os.getpid()} {' '.join(environment)}")
     while what == "deaf" or (what == "until_told" and not heard):
         time.sleep(0.01)
     time.sleep(0.3)  # a second signal finds it saving
-    code = 75 if heard else int(what)
+    if what == "lost":
+        supervise.report_loss()
+    code = 75 if heard or what == "lost" else int(what)
     supervise.report(code)
     return code
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from i2i_dist import checkpoint, config, run_directory
+from i2i_dist import checkpoint, command_line, config, run_directory, supervise
 from i2i_dist.methods import resolve
 from i2i_dist.train import main
 from tests.ranks import rank_environment
@@ -59,13 +59,45 @@ def test_half_an_environment_is_refused(
     assert "WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [supervise.RESTARTS, "SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"])
+def test_no_restart_starts_over(
+    name: str, dclgan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert main(["--config", str(dclgan), "--fresh"]) == 2
+    assert "--fresh: this command is started again when it fails, and would start over" in capsys.readouterr().err
+    assert main(["--config", str(dclgan), "--fresh", "--dry-run"]) == 0
+    monkeypatch.setenv(name, "0")
+    assert command_line.parse(["--config", str(dclgan), "--fresh"]).fresh
+
+
+def test_a_restart_goes_back_once(tmp_path: Path) -> None:
+    """Again where the try before ended too early to have done so, and once more for whoever asks once more."""
+    old, first = str(tmp_path / "other" / "old"), ("images_000000000016", "images_000000000024")
+    for name in first:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    asked_for = run_directory.asked_for
+    assert asked_for(tmp_path, old, started_again=False) == old
+    assert asked_for(tmp_path, old, started_again=True) == old  # what is there was trained before
+    run_directory.note_going_back(tmp_path, old, 8)
+    for name in first:
+        (tmp_path / "checkpoints" / name).rmdir()  # they are set aside
+    assert asked_for(tmp_path, old, started_again=True) == old
+    (tmp_path / "checkpoints" / first[0]).mkdir()  # trained since
+    assert [asked_for(tmp_path, old, started_again=True) for _ in range(2)] == ["auto"] * 2
+    assert asked_for(tmp_path, f"{old}er", started_again=True) == f"{old}er"
+    run_directory.note_going_back(tmp_path, old, 8)
+    assert asked_for(tmp_path, old, started_again=False) == old
+    assert asked_for(tmp_path, old, started_again=True) == old
+
+
 def test_a_port_in_use_is_named(dclgan: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         environment = rank_environment(0, 2, taken.getsockname()[1])
         run = start(["--config", str(dclgan), "--run", str(tmp_path / "run")], tmp_path / "log", environment)
-        assert run.wait() == 2, run.text
+        assert run.wait() == 1, run.text  # worth another try
         assert f"port {environment['MASTER_PORT']}, on which the ranks meet, is in use" in run.text
         assert "Traceback" not in run.text
 
@@ -156,7 +188,7 @@ def longer(config: Path, run: Path, epochs: int = 4) -> list[str]:
 def test_a_directory_in_use(dclgan: Path, run: Path, tmp_path: Path) -> None:
     before = (run / "config.yaml").read_text()
     with run_directory.lock(run):
-        text = refused(longer(dclgan, run), tmp_path / "log")
+        text = refused(longer(dclgan, run), tmp_path / "log", code=1)  # worth another try
     assert f"--run {run} is in use by process {os.getpid()} on " in text
     assert (run / "config.yaml").read_text() == before
 
@@ -223,6 +255,12 @@ def test_going_back_to_an_older_checkpoint(dclgan: Path, run: Path, tmp_path: Pa
         checkpoint.verify(run / "checkpoints" / name)
     assert [row["images_seen"] for row in rows(run)] == list(range(2, 33, 2))
 
+    process = start(words, tmp_path / "again", {supervise.RESTART: "1"})  # a restart has nothing left to do
+    assert process.wait() == 0, process.text
+    assert "The run has gone on since it went back with --resume" in process.text
+    assert "Done: 32 images seen" in process.text and "Saved" not in process.text
+    assert checkpoints(run) == [f"images_{images:012d}" for images in (24, 32)]
+
 
 def test_starting_over_beside_a_run(dclgan: Path, run: Path, tmp_path: Path) -> None:
     before = (run / "stats.jsonl").read_bytes()
@@ -235,9 +273,12 @@ def test_starting_over_beside_a_run(dclgan: Path, run: Path, tmp_path: Path) -> 
 
 
 def test_a_finished_run_has_nothing_to_do(dclgan: Path, run: Path, tmp_path: Path) -> None:
-    process = start(["--config", str(dclgan), "--run", str(run)], tmp_path / "log")
+    gone = {supervise.VARIABLE: f"{os.getpid()}:gone"}  # a supervisor above it that it cannot report to
+    process = start(["--config", str(dclgan), "--run", str(run)], tmp_path / "log", gone)
     assert process.wait() == 0, process.text
     assert "Done: 24 images seen" in process.text and "Saved" not in process.text
+    log = (run / "logs" / "rank_0000.log").read_text()
+    assert "The supervisor above this rank cannot be told of it: it will hand no signal on to this rank." in log
 
 
 def test_what_is_no_architecture_may_change_on_a_resume(dclgan: Path, run: Path, tmp_path: Path) -> None:

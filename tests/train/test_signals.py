@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from i2i_dist import checkpoint
-from i2i_dist.stopping import has_launcher, nobody_reads
+from i2i_dist import checkpoint, stopping
+from i2i_dist.stopping import StopRequest, has_launcher, nobody_reads
 from tests.ranks import free_port
 from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, rows, settings, start_ranks
 
@@ -139,3 +139,14 @@ def test_only_what_a_launcher_has_started_looks_whether_it_is_there() -> None:
     assert not has_launcher({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
     for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         assert has_launcher({name: "1"})
+
+
+def test_a_lost_launcher_is_noted_before_it_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A console or a disk that the log waits for must not keep the run from stopping."""
+    stop = object.__new__(StopRequest)
+    stop.asked = stop.launcher_lost = False
+    noted: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(stopping._log, "warning", lambda text: noted.append((stop.asked, stop.launcher_lost)))
+    for _ in range(2):  # the second time somebody had asked before
+        stop._watch(1, ())
+    assert noted == [(True, True), (True, False)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, free_port
+from tests import needs
+from tests.ranks import ROOT
 from tests.train.runs import Started, checkpoints, finish, launch, rows, settings, start_ranks
 
 SCRIPT = "launchers/slurm.sbatch"
@@ -21,21 +24,27 @@ LENGTH = settings(schedule__constant_epochs=6)  # 24 updates of two pictures; a 
 SIDES = ("generator.safetensors", "discriminator.safetensors")
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing() -> None:
+    shellcheck = needs.program("shellcheck", "shellcheck")
     scripts = [SCRIPT, str(FAKES / "scontrol")]
-    found = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def is_free(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def slurm_environment(directory: Path) -> dict[str, str]:
     """What SLURM gives a job, with its commands replaced."""
-    while not 20000 <= (port := free_port()) < 40000:
-        pass
+    job = next(job for job in random.sample(range(12000), 100) if is_free(20000 + job))  # see distributed.py
     return {
         "PATH": os.pathsep.join([str(FAKES), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "FAKE_SLURM_LOG": str(directory / "slurm"),
-        "SLURM_JOB_ID": str(port - 20000),
+        "SLURM_JOB_ID": str(job),
         "SLURM_NTASKS": "2",
         "SLURM_PROCID": "0",  # a batch script's own shell has it, too
     }
