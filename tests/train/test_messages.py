@@ -61,14 +61,15 @@ def test_half_an_environment_is_refused(
 
 @pytest.mark.parametrize("name", [supervise.RESTARTS, "SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"])
 def test_no_restart_starts_over(
-    name: str, dclgan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, dclgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = ["--config", str(dclgan), "--fresh", "--run", str(tmp_path / "run")]
     monkeypatch.setenv(name, "1")
-    assert main(["--config", str(dclgan), "--fresh"]) == 2
+    assert main(words) == 2
     assert "--fresh: this command is started again when it fails, and would start over" in capsys.readouterr().err
-    assert main(["--config", str(dclgan), "--fresh", "--dry-run"]) == 0
+    assert main([*words, "--dry-run"]) == 0
     monkeypatch.setenv(name, "0")
-    assert command_line.parse(["--config", str(dclgan), "--fresh"]).fresh
+    assert command_line.parse(words).fresh
 
 
 def test_a_restart_goes_back_once(tmp_path: Path) -> None:

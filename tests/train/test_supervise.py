@@ -177,6 +177,25 @@ def test_a_console_that_is_gone_ends_no_supervisor(tmp_path: Path) -> None:
     assert len(lines(log, "started")) == 3
 
 
+def test_a_console_that_nobody_reads_keeps_nothing_alive(tmp_path: Path) -> None:
+    log, (reader, writer) = tmp_path / "rank", os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    command = [sys.executable, *SUPERVISE[1:], "--grace", "0.5", "--", *FAKE_RANK, str(log), "deaf"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=writer) as process, open(reader, "rb") as console:
+        os.close(writer)
+        until(lambda: bool(lines(log, "started")))
+        process.send_signal(signal.SIGTERM)
+        rank = psutil.Process(int(lines(log, "started")[0].split()[1]))
+        until(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, 20)
+        assert b"did not end within the grace" in console.read()
+        assert process.wait(60) == 75
+
+
 def test_a_rank_knows_a_supervisor_above_it_that_cannot_be_told(tmp_path: Path) -> None:
     """A variable of another machine, whose process is not above this one, is no fault."""
     words = "import os; from i2i_dist import supervise; pid, _, name = os.environ[supervise.VARIABLE].partition(':')"
