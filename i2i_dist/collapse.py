@@ -56,7 +56,7 @@ _OF_CRITICS = {
         "checkpoint before it, with a lower method.lr, or with less weight on the other losses",
     ),
     "critic_doubt": (
-        0.05,
+        0.01,
         "the critics tell every real picture from every one that is made, and learn no more; see that both "
         "domains are what they should be and that there are enough pictures, lower the weight of the generator's other "
         "losses, or start again with narrower critics (method.critic_width)",

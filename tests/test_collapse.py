@@ -84,7 +84,7 @@ def told_apart(pictures: Tensor, verdicts: Tensor) -> Tensor:
     """Be right, and go on being so: real pictures, in front of the fakes, are seen in the critics' own turn alone."""
     real = torch.zeros_like(verdicts)
     real[: len(verdicts) // 2] = 1.0
-    return real + 0.01 * verdicts if len(verdicts) > 1 else 5.0 * verdicts
+    return real + 0.001 * verdicts if len(verdicts) > 1 else 5.0 * verdicts
 
 
 KINDS = {
