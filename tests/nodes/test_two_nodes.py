@@ -108,7 +108,7 @@ def of_one_node(cluster: Cluster) -> dict[str, str]:
     return weights(run)
 
 
-@pytest.mark.parametrize("form", ["pdsh", "no_ssh"])
+@pytest.mark.parametrize("form", ["pdsh", pytest.param("no_ssh", marks=pytest.mark.soak)])
 def test_two_nodes_train_the_weights_of_one(cluster: Cluster, of_one_node: dict[str, str], form: str) -> None:
     run = cluster.home / form
     codes, texts = finish(FORMS[form](cluster, run, []))
