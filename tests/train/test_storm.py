@@ -56,7 +56,10 @@ def test_a_storm_of_kills_changes_no_weight_and_leaves_nothing(dclgan: Path, tmp
     process = start_supervised([*words, str(run), *settings_until(10**6)], tmp_path, environment)
     seen, killed = punish(process, time.monotonic() + STORM)
     before = rows(run)[-1]["images_seen"]
-    process.wait_for(f"img {before + 8}/", patience=300)
+    deadline = time.monotonic() + 300
+    while rows(run)[-1]["images_seen"] < before + 8:
+        assert process.poll() is None and time.monotonic() < deadline, process.text[-4000:]
+        time.sleep(0.2)
     process.signal(signal.SIGTERM)
     assert process.wait() == 75, process.text[-4000:]
 
