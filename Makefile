@@ -53,6 +53,7 @@ clean:  ## remove what was built; runs and data sets stay
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e .
 	touch $@
 
+# By its name: the package is there, and is not built again.
 .venv/tools: .venv/installed
-	$(PIP) --no-build-isolation -e ".[test,dev]"
+	$(PIP) "i2i-dist[test,dev]"
 	touch $@

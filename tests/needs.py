@@ -6,6 +6,10 @@ import os
 import shutil
 
 import pytest
+import torch
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 def skip(reason: str) -> None:

@@ -64,16 +64,16 @@ class NoAverage:
         pass
 
 
-def plain_sides(seed: int, steps: int = 2, width: int = 3) -> Any:
+def plain_sides(seed: int, steps: int = 2, width: int = 3, device: str = "cpu") -> Any:
     """Two sides as an engine at ZeRO stage 0 on one rank holds them, without an engine; with persistent buffers."""
     torch.manual_seed(seed)
     sides = {}
     for side in SIDES:
-        module = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 1))
+        module = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 1)).to(device)
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
         for _ in range(steps):
             optimizer.zero_grad()
-            module(torch.randn(2, 3, 6, 6)).square().mean().backward()
+            module(torch.randn(2, 3, 6, 6).to(device)).square().mean().backward()
             optimizer.step()
         engine = SimpleNamespace(optimizer=None)
         sides[side] = SimpleNamespace(module=module, optimizer=optimizer, engine=engine, layout=Layout(1, 1, 1))
@@ -83,10 +83,10 @@ def plain_sides(seed: int, steps: int = 2, width: int = 3) -> Any:
 trained = functools.cache(plain_sides)  # for those who only look
 
 
-def filled_pools(seed: int) -> ImagePools:
+def filled_pools(seed: int, device: str = "cpu") -> ImagePools:
     pools = ImagePools(("fake_a", "fake_b"), 2, seed=0)
     torch.manual_seed(seed)
-    pools.images = {field: list(torch.randn(2, 3, 4, 4)) for field in pools.images}
+    pools.images = {field: list(torch.randn(2, 3, 4, 4).to(device)) for field in pools.images}
     return pools
 
 

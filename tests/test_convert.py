@@ -397,8 +397,7 @@ def test_sizes_of_ugatit_are_read_off_the_tensors(tmp_path: Path) -> None:
     section = method_section(tmp_path / "run")
     expected = {"width": 2, "blocks": 3, "light": False, "cam_grid": 32, "critic_width": 6, "preset": "official"}
     assert section | expected | {"global_layers": 6, "local_layers": 4} == section
-    light = {"genB2A": random_state(u.generator(2, light=True), 0)}
-    from_official("ugatit", write(light, tmp_path / "light"), tmp_path / "other")
+    from_official("ugatit", write(small_ugatit(0), tmp_path / "light"), tmp_path / "other")
     assert method_section(tmp_path / "other")["light"]
 
 
@@ -481,8 +480,14 @@ def test_bicyclegan_needs_its_encoder(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert translate(arguments) == 0 and (tmp_path / "out" / "x.png").exists()
 
 
+def small_ugatit(seed: int) -> Files:
+    """A generator, and a critic from which the width of those that are not there follows."""
+    u = official_ugatit
+    return {"genA2B": random_state(u.generator(2, light=True), seed), "disLA": random_state(u.critic(2, convs=4), seed)}
+
+
 def test_of_several_files_of_ugatit_the_epoch_says_which(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    old, new = ({"genA2B": random_state(official_ugatit.generator(2, light=True), seed)} for seed in (1, 2))
+    old, new = small_ugatit(1), small_ugatit(2)
     source = write(old, tmp_path / "official", "0100000")
     torch.save(new, source / "selfie2anime_params_latest.pt")
     err = refused("ugatit", source, tmp_path, capfd, code=2)
@@ -499,10 +504,7 @@ def test_of_several_files_of_ugatit_the_epoch_says_which(tmp_path: Path, capfd: 
 
 
 def test_parts_of_a_file_that_are_not_read_are_named(tmp_path: Path) -> None:
-    files: dict[str, Any] = {
-        "genA2B": random_state(official_ugatit.generator(2, light=True), 0),
-        "optimizer": {"lr": 1},
-    }
+    files: dict[str, Any] = {**small_ugatit(0), "optimizer": {"lr": 1}}
     notes = from_official("ugatit", write(files, tmp_path / "official"), tmp_path / "run").notes
     assert notes == ("not read, since ugatit has no such network: optimizer",)
 

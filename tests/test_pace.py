@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 
 import pytest
 import torch
 
 from i2i_dist import pace
 from i2i_dist.pace import WINDOW, Pace, moment, scores
+from tests.needs import DEVICES
 
 
 def test_scores_compare_with_the_median_of_the_others() -> None:
@@ -37,3 +39,23 @@ def test_a_hiccup_does_not_make_a_rank_slow(monkeypatch: pytest.MonkeyPatch) -> 
         own.end(moment(device))
         now += 5.0  # the rest of the update, in which ranks wait for each other
         assert own.seconds() == (0.5 if number + 1 >= WINDOW else 0.0)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_time_is_that_of_the_device(name: str) -> None:
+    device = torch.device(name)
+    x = torch.ones(640, 640, device=device)
+
+    def seconds(products: int) -> float:
+        own, begun = Pace(device), time.perf_counter()
+        for _ in range(WINDOW):
+            own.begin()
+            for _ in range(products):
+                torch.mm(x, x)  # a GPU is told of it in microseconds, and works for longer
+            own.end(moment(device))
+        found = own.seconds()
+        assert 0 < WINDOW // 2 * found <= time.perf_counter() - begun, "half of the updates took at least the median"
+        return found
+
+    seconds(1)  # libraries are loaded
+    assert seconds(8) > seconds(1)

@@ -17,6 +17,7 @@ from i2i_dist import publishing, saver
 from i2i_dist.checkpoint import State, directory_name, newest_verified, verify
 from i2i_dist.retention import Keep
 from i2i_dist.saver import NOT_FINITE, Failure, Saver
+from tests.needs import DEVICES
 from tests.test_architecture import imported_modules
 from tests.test_checkpoint import (
     CONFIG,
@@ -37,8 +38,8 @@ def begin(mine: Saver, images_seen: int, sides: Any, pools: Any) -> None:
     mine.begin(state, saver.capture(sides, NoAverage()), pools, time.monotonic())  # type: ignore[arg-type]
 
 
-def new_saver(directory: Path) -> Saver:
-    return Saver(directory, Keep(3), torch.device("cpu"))
+def new_saver(directory: Path, device: str = "cpu") -> Saver:
+    return Saver(directory, Keep(3), torch.device(device))
 
 
 class Held:
@@ -62,8 +63,10 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     held.go.set()
 
 
-def test_training_goes_on_and_the_checkpoint_holds_what_was(tmp_path: Path, held: Held) -> None:
-    sides, pools, mine = plain_sides(1), filled_pools(1), new_saver(tmp_path)
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_goes_on_and_the_checkpoint_holds_what_was(tmp_path: Path, held: Held, device: str) -> None:
+    sides, pools = plain_sides(1, device=device), filled_pools(1, device)
+    mine = new_saver(tmp_path, device)
     before = everything(sides, pools)
     begin(mine, 100, sides, pools)
     for side in sides.values():  # training, which changes all in place
@@ -81,7 +84,7 @@ def test_training_goes_on_and_the_checkpoint_holds_what_was(tmp_path: Path, held
     assert outcome is not None and outcome.failure is None and outcome.images_seen == 100
     assert not mine.busy and held.threads == {"i2i-saver"}
     assert not same(everything(sides, pools), before)
-    assert same(restored(tmp_path / directory_name(100)), before)
+    assert same(restored(tmp_path / directory_name(100)), {key: value.cpu() for key, value in before.items()})
 
 
 def test_the_pause_is_the_copy_and_the_duration_is_all(tmp_path: Path, held: Held) -> None:

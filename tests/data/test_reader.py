@@ -17,6 +17,7 @@ from i2i_dist.data.order import SampleOrder
 from i2i_dist.data.reader import Reader, micro_batches
 from i2i_dist.data.transforms import Transform
 from tests.data.builders import encoded, noise, reader_of, write_folder
+from tests.needs import DEVICES
 
 JITTER = Transform(load_size=12, crop_size=8, flip=True, full_size_from=None)
 
@@ -190,11 +191,17 @@ def test_a_crop_larger_than_the_image_is_refused() -> None:
         Transform(load_size=8, crop_size=9, flip=False, full_size_from=None)
 
 
-def test_to_device_normalises(root: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_to_device_normalises(root: Path, device: str) -> None:
     host = reader_of(root).read(range(24, 28), 24)
-    batch = to_device(host, torch.device("cpu"))
+    if device == "cuda":
+        host = host.pinned()
+        assert all(pixels.is_pinned() for pixels in host.images.values())
+    batch = to_device(host, torch.device(device))
     assert batch.a.shape == (4, 3, 8, 8) and batch.a.dtype == torch.float32 and batch.a.is_contiguous()
-    assert torch.equal(batch.b, host.images["b"].permute(0, 3, 1, 2) / 127.5 - 1)
+    assert batch.a.device.type == device
+    expected, tolerance = host.images["b"].permute(0, 3, 1, 2) / 127.5 - 1, {"cpu": 0.0, "cuda": 2.0**-23}[device]
+    torch.testing.assert_close(batch.b.cpu(), expected, rtol=0.0, atol=tolerance)  # GPUs multiply by 1 / 127.5
     assert batch.positions.tolist() == [24, 25, 26, 27] and batch.update_position == 24
     assert host.images["a"][0, 0, 0, 1] == 1  # the colour that names domain A
 

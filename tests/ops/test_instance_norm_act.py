@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from i2i_dist.ops import instance_norm_act
+from tests.needs import DEVICES
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 MODES = ["auto", "reference"]
 
 

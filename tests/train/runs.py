@@ -144,7 +144,12 @@ def launch(command: Sequence[str], log: Path, environment: Mapping[str, str] | N
     return _started[-1]
 
 
-_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO", "PYTHONPATH": str(ROOT)}
+_SERVER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_CBWR": "AUTO",
+    "PYTHONPATH": str(ROOT),
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asked in any other way, the driver serves no process that is forked later
+}
 
 
 def start_server() -> None:
