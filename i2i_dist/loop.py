@@ -99,10 +99,13 @@ class _Checkpoints:
     def stop_asked(self, stop: StopRequest) -> bool:
         """Exchange the flags of an update: move a checkpoint on, say whether any rank is asked to stop. Collective.
 
+        All ranks end for the launcher that one of them has lost, and say so to their supervisors: each starts again.
+
         Raises:
             TrainingError: In the checkpoint a weight is not finite, which no later update mends.
         """
-        asked, *flags = any_rank(torch.tensor([stop.asked, *self._saver.flags], device=self._run.device))
+        own = [stop.asked, stop.launcher_lost, *self._saver.flags]
+        asked, stop.launcher_lost, *flags = any_rank(torch.tensor(own, device=self._run.device))
         self._tell(self._saver.advance(*flags))
         return asked
 

@@ -212,8 +212,9 @@ class Supervisor:
 
     def _pass_on(self, number: int, leader: int) -> None:
         if self._srun:
-            if leader:  # to the first SIGINT srun only answers with the state of its tasks
-                os.kill(leader, signal.SIGTERM if number == signal.SIGINT else number)
+            # It hands this one on. To SIGTERM it answers by killing its tasks, to SIGINT with their state.
+            if leader:
+                os.kill(leader, signal.SIGUSR1)
             return
         ranks = self._reports.read()
         if not ranks:
@@ -251,7 +252,7 @@ class Supervisor:
         lost = self._reports.launcher_lost and not self.asked
         if STOPPED in codes and not lost and (self.asked or leader >= 0):  # else a launcher was lost, nobody asked
             return STOPPED
-        if self.asked and (self._killed or not reports):
+        if self.asked and (self._killed or not codes):
             return STOPPED
         if leader == DONE or (lost and leader == STOPPED):
             return FAILED
@@ -348,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, command = _parse(sys.argv[1:] if arguments is None else arguments)
     # Signals wait until they are asked for, so that none is lost between two of them or between two tries.
     signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, signal.SIGCHLD])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run nobody watches outlives the terminal it was started from
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "this system does not hand orphans to the process that supervises them")
     try:

@@ -69,9 +69,16 @@ def _take_over(run: Run, resume: str) -> None:
         run_directory.note_going_back(directory, resume, run.start.images_seen)
 
 
-def _train(options: argparse.Namespace, settings: Settings, ranks: Ranks, arguments: Sequence[str]) -> int:
-    stop = StopRequest()
+def _train(
+    options: argparse.Namespace,
+    settings: Settings,
+    ranks: Ranks,
+    arguments: Sequence[str],
+    launchers: tuple[int, ...],
+) -> int:
+    stop = StopRequest(launchers)
     device = _start_engines(ranks, settings.config.engine.timeout_seconds)
+    stop.together = True
     _prepare_process(ranks, device)
     settings = settings._replace(directory=Path(from_first_rank(str(settings.directory))))
     held = on_first_rank(lambda: run_directory.lock(settings.directory))
@@ -143,8 +150,10 @@ def _sentence(error: Exception) -> tuple[str, bool]:
     return text, False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, launchers: tuple[int, ...] = ()) -> int:
     """Train; return the exit code: 0 done, 1 error, 2 configuration, 75 stopped early and resumable.
+
+    When one of `launchers`, the processes that have started this one, is gone, the run saves and stops.
 
     After an error the process is best left at once, with `os._exit`: a collective that has timed out leaves threads
     that may never end.
@@ -152,14 +161,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
-        code = _run(arguments, rank)
+        code = _run(arguments, rank, launchers)
+    except SystemExit as error:  # of the command line's parser, which has said why
+        code = error.code if isinstance(error.code, int) else FAILED
     except Exception as error:
         code = _explain(error, rank)
     supervise.report(code)
     return code
 
 
-def _run(arguments: Sequence[str], rank: int) -> int:
+def _run(arguments: Sequence[str], rank: int, launchers: tuple[int, ...]) -> int:
     options = parse(arguments)
     loaded = config.load(options.config, options.settings)
     method_class, method_config = resolve(loaded.method)
@@ -174,4 +185,4 @@ def _run(arguments: Sequence[str], rank: int) -> int:
         ranks = adopt_environment(os.environ)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return _train(options, settings, ranks, arguments)
+    return _train(options, settings, ranks, arguments, launchers)

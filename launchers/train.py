@@ -8,10 +8,13 @@ import sys
 # Before torch loads MKL: its sums then come out the same in every run on a machine.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-from i2i_dist.train import main
+from i2i_dist.stopping import launchers
 
 if __name__ == "__main__":
-    code = main()
+    started_by = launchers()
+    from i2i_dist.train import main  # not before: it loads torch, and takes seconds in which a launcher may end
+
+    code = main(launchers=started_by)
     with contextlib.suppress(OSError):  # a console that is gone must not change the code
         logging.shutdown()
         sys.stdout.flush()

@@ -35,6 +35,7 @@ from i2i_dist.engines import Layout
 from i2i_dist.method import SIDES
 from i2i_dist.pool import ImagePools
 from i2i_dist.retention import Keep
+from tests import needs
 from tests.ranks import ROOT, run_ranks
 
 CONFIG = {"method": {"name": "any", "lr": 2e-4}, "data": {"root": "somewhere"}}
@@ -649,7 +650,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except OSError as error:
         problem = str(error)
     if problem:
-        pytest.skip(f"a small disk cannot be mounted here: {problem}")
+        needs.skip(f"a small disk cannot be mounted here: {problem}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 

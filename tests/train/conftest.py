@@ -26,10 +26,19 @@ def server() -> Iterator[None]:
     runs.stop_server()
 
 
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left(server: None) -> Iterator[None]:
+    """What a run has started ends with it, and the memory that its processes share is given back."""
+    before = shared_memory()
     yield
+    left = runs.left_behind()
     runs.kill_all()
+    assert not left
+    assert shared_memory() <= before
 
 
 @pytest.fixture(scope="package")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -19,9 +20,10 @@ import torch
 from prometheus_client import generate_latest
 from torch import nn
 
-from i2i_dist import loop, plan, publishing, reporter, run_directory, stopping
+from i2i_dist import engines, loop, plan, publishing, reporter, run_directory, stopping, supervise
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
+from i2i_dist.ema import Ema
 from i2i_dist.saver import Saver
 
 FILE_LIMIT = 40_000  # bytes: less than one side of a checkpoint, more than everything else that a short run writes
@@ -97,6 +99,54 @@ def dies_with_its_share_of_second_checkpoint() -> None:
     _in_second_share(die)
 
 
+def second_checkpoint_waits_for_a_signal() -> None:
+    """So that it falls into the writing of it, and a second one as well."""
+    real, heard = stopping.StopRequest._note, itertools.count()
+    twice = threading.Event()
+
+    def note(self: Any, number: int, frame: Any) -> None:
+        real(self, number, frame)
+        if next(heard) == 1:
+            twice.set()
+
+    def hold(write: Callable[[], None]) -> None:
+        print("writing the second checkpoint", flush=True)
+        twice.wait()
+        write()
+
+    stopping.StopRequest._note = note
+    _in_second_share(hold)
+
+
+def a_launcher_is_lost_at_update_5() -> None:
+    """That of rank 1; whoever reports a loss to a supervisor says so."""
+    real, made = stopping.StopRequest.__init__, list[Any]()
+
+    def init(self: Any, launchers: tuple[int, ...]) -> None:
+        real(self, launchers)
+        made.append(self)
+
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if number == 5 and os.environ["RANK"] == "1":
+            made[0].asked = made[0].launcher_lost = True
+
+    stopping.StopRequest.__init__ = init  # type: ignore[method-assign]
+    supervise.report_loss = lambda: print("told the supervisor of the loss", flush=True)
+    _before_updates(change)
+
+
+def small_parameters_are_cut() -> None:
+    """ZeRO 3 leaves them whole otherwise, and a network of these tests has no others."""
+    real = engines.SideEngine.__init__
+
+    def init(self: Any, module: Any, groups: Any, layout: Any, *arguments: Any, **named: Any) -> None:
+        real(self, module, groups, layout._replace(persistence_threshold=0), *arguments, **named)
+        if layout.stage == 3:
+            assert any(parameter.numel() == 0 for parameter in module.parameters()), "nothing is cut"
+
+    engines.SideEngine.__init__ = init  # type: ignore[method-assign]
+
+
 def nothing_can_be_read() -> None:
     def broken(data: bytes) -> Any:
         raise BadData("broken on purpose")
@@ -122,6 +172,39 @@ def nan_from_update_5() -> None:
     _before_updates(lambda number, sides, batches: _spoil(batches) if number >= 5 else None)
 
 
+def _keep_the_metrics() -> None:
+    """Leave in the run's directory what a last scrape would find."""
+    real = reporter.Reporter.close
+
+    def close(self: Any) -> None:
+        if self.metrics is not None:
+            (self.stats.path.parent / "metrics.txt").write_bytes(generate_latest(self.metrics.registry))
+        real(self)
+
+    reporter.Reporter.close = close  # type: ignore[method-assign]
+
+
+def _note_states() -> None:
+    """Tell, before each update, of all that a dropped one must leave alone; and when the weights are averaged."""
+    real, real_average = loop.update, Ema.update
+
+    def update(method: Any, sides: Any, batches: Any, pools: Any, *, number: int, **named: Any) -> Any:
+        held = {"pools": [image for images in pools.images.values() for image in images]}
+        for name, side in sides.items():
+            moments = [state[key] for state in side.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+            held[name] = [*side.module.parameters(), *moments]
+        for name, tensors in held.items():
+            digest = hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+            print(f"before update {number}: {name} {digest}", flush=True)
+        return real(method, sides, batches, pools, number=number, **named)
+
+    def average(self: Any, images_seen: int, images: int) -> None:
+        print(f"averaged at image {images_seen}", flush=True)
+        real_average(self, images_seen, images)
+
+    loop.update, Ema.update = update, average  # type: ignore[method-assign]
+
+
 def nan_in_update_3_and_in_a_gradient_of_update_4() -> None:
     """The losses of update 4 are finite."""
 
@@ -137,22 +220,12 @@ def nan_in_update_3_and_in_a_gradient_of_update_4() -> None:
 
             handle = layer.register_forward_hook(spoil)
 
+    _keep_the_metrics()
     _before_updates(change)
+    _note_states()
 
 
 EQUAL, SLOW = 17, 28  # updates: before EQUAL ranks work equally long; then one is slow, and at SLOW a weight is another
-
-
-def _keep_the_metrics() -> None:
-    """Leave in the run's directory what a last scrape would find."""
-    real = reporter.Reporter.close
-
-    def close(self: Any) -> None:
-        if self.metrics is not None:
-            (self.stats.path.parent / "metrics.txt").write_bytes(generate_latest(self.metrics.registry))
-        real(self)
-
-    reporter.Reporter.close = close  # type: ignore[method-assign]
 
 
 def steady_while_the_clock_is_set_back() -> None:

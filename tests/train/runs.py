@@ -106,6 +106,15 @@ def _is_there(group: int) -> bool:
 _started: list[Started] = []
 
 
+def left_behind(patience: float = 5.0) -> list[str]:
+    """Return what is still there of sessions whose first process has ended, after this many seconds."""
+    ended = [one for one in _started if one.poll() is not None]
+    deadline = time.monotonic() + patience
+    while (left := [one for one in ended if _is_there(one.pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [f"session {one.pid}, whose log ends with {one.text[-500:]}" for one in left]
+
+
 def kill_all() -> None:
     """Kill every session started since the last call, and what it has put into sessions of their own."""
     for one in _started:

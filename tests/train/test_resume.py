@@ -25,15 +25,19 @@ def test_restarted_at_once_although_readers_outlive_the_killed_trainer(dclgan: P
     assert codes == [0] and "resumes at image" in text
 
 
-@pytest.mark.parametrize("method", ["dclgan", "cyclegan"])
-def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    config = request.getfixturevalue(method)
+@pytest.mark.parametrize(("method", "stages"), [("dclgan", (3, 2)), ("cyclegan", (0, 1))])
+def test_killed_and_resumed_equals_uninterrupted(
+    method: str, stages: tuple[int, int], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config, hooks = request.getfixturevalue(method), ["small_parameters_are_cut"] * 2
+    more = [*LONG, *settings(engine__generator_stage=stages[0], engine__discriminator_stage=stages[1])]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    codes, _ = finish(start_ranks(2, ["--config", config, *LONG, "--run", whole], tmp_path / "whole_log"))
-    assert codes == [0, 0]
+    words = ["--config", config, *more, "--run"]
+    codes, texts = finish(start_ranks(2, [*words, whole], tmp_path / "whole_log", hooks))
+    assert codes == [0, 0], texts
 
-    words = ["--config", config, *LONG, "--run", killed]
-    ranks = start_ranks(2, words, tmp_path / "killed_log")
+    words.append(killed)
+    ranks = start_ranks(2, words, tmp_path / "killed_log", hooks)
     ranks[0].wait_for("Saved ")
     time.sleep(random.Random(method).uniform(0.0, 0.3))
     for rank in ranks:
@@ -42,7 +46,7 @@ def test_killed_and_resumed_equals_uninterrupted(method: str, tmp_path: Path, re
     with (killed / "stats.jsonl").open("a") as file:
         file.write('{"images_seen": 9, "tor')  # a row that the kill has torn
 
-    codes, (text, _) = finish(start_ranks(2, words, tmp_path / "resumed_log"))
+    codes, (text, _) = finish(start_ranks(2, words, tmp_path / "resumed_log", hooks))
     assert codes == [0, 0]
     assert "resumes at image" in text
 

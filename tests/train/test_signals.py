@@ -87,6 +87,31 @@ def test_more_signals_tear_nothing(cyclegan: Path, tmp_path: Path) -> None:
     assert_saved_where_it_stopped(run, text)
 
 
+def test_signals_tear_no_checkpoint_that_is_being_written(dclgan: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--config", str(dclgan), *ENDLESS, *settings(output__checkpoint_every_images=8), "--run", str(run)]
+    ranks = start_ranks(2, words, tmp_path / "log", hooks=["second_checkpoint_waits_for_a_signal"] * 2)
+    for rank in ranks:
+        rank.wait_for("writing the second checkpoint")
+    assert list((run / "checkpoints").glob(".writing-*"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for rank in ranks:
+            rank.signal(number)
+        time.sleep(0.1)  # two alike that wait are one
+    codes, (text, _) = finish(ranks)
+    assert codes == [75, 75], text
+    last = assert_saved_where_it_stopped(run, text)
+    assert checkpoints(run)[:2] == [f"images_{images:012d}" for images in (8, 16)] and last >= 16
+
+
+def test_all_ranks_tell_of_a_launcher_that_one_has_lost(dclgan: Path, tmp_path: Path) -> None:
+    """For a supervisor on another node would take the end of its own ranks for one that somebody has asked for."""
+    words = ["--config", str(dclgan), *ENDLESS, "--run", str(tmp_path / "run")]
+    codes, texts = finish(start_ranks(2, words, tmp_path / "log", hooks=["a_launcher_is_lost_at_update_5"] * 2))
+    assert codes == [75, 75], texts
+    assert all("told the supervisor of the loss" in text for text in texts)
+
+
 def test_a_signal_during_the_start_is_heard(dclgan: Path, tmp_path: Path) -> None:
     """It may come before there is anything to save; the run then does one update and leaves in order."""
     run = tmp_path / "run"
@@ -144,9 +169,9 @@ def test_only_what_a_launcher_has_started_looks_whether_it_is_there() -> None:
 def test_a_lost_launcher_is_noted_before_it_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """A console or a disk that the log waits for must not keep the run from stopping."""
     stop = object.__new__(StopRequest)
-    stop.asked = stop.launcher_lost = False
+    stop.asked, stop.launcher_lost, stop.together = False, False, True
     noted: list[tuple[bool, bool]] = []
     monkeypatch.setattr(stopping._log, "warning", lambda text: noted.append((stop.asked, stop.launcher_lost)))
     for _ in range(2):  # the second time somebody had asked before
-        stop._watch(1, ())
+        stop._watch((2**22 + 1,))  # no process has such a number
     assert noted == [(True, True), (True, False)]

@@ -19,7 +19,7 @@ import pytest
 
 from i2i_dist import supervise
 from tests.ranks import ROOT, free_port
-from tests.train.runs import SCRIPT, Started, launch
+from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, settings, start_ranks
 from tests.train.test_signals import ENDLESS, assert_saved_where_it_stopped
 
 SUPERVISE = ["python", "launchers/supervise.py"]
@@ -87,6 +87,54 @@ def test_what_must_not_be_started_again_is_not(tmp_path: Path, code: str, answer
     run = supervised(tmp_path, ["--restarts", "2"], f"RANK {tmp_path / 'rank'} {code} && exit 0", "exit 1")
     assert run.wait() == answer, run.text
     assert len(lines(tmp_path / "rank", "started")) == 1
+
+
+@pytest.mark.parametrize("number", supervise.STOP_SIGNALS)
+def test_srun_is_told_in_the_one_way_that_it_hands_on(tmp_path: Path, number: int) -> None:
+    """It kills its tasks at SIGTERM, and tells of them at SIGINT."""
+    log, srun = tmp_path / "rank", tmp_path / "srun"
+    rank = shlex.join([*FAKE_RANK, str(log), "until_told"])
+    traps = "trap 'kill -9 $rank' TERM\ntrap : INT\ntrap 'kill -USR1 $rank' USR1\n"
+    wait = "while kill -0 $rank 2>/dev/null; do wait $rank; done\nwait $rank\n"
+    srun.write_text(f"#!/bin/bash\n{rank} & rank=$!\n{traps}{wait}")
+    srun.chmod(0o755)
+    run = launch([*SUPERVISE, "--", str(srun)], tmp_path / "console")
+    until(lambda: bool(lines(log, "started")))
+    run.signal(number)
+    assert run.wait() == 75, run.text
+    assert lines(log, "heard") == ["heard SIGUSR1"]
+
+
+def test_a_run_that_is_asked_and_killed_before_it_has_saved_can_be_queued_again(tmp_path: Path) -> None:
+    """What was saved before is there."""
+    log, told = tmp_path / "rank", tmp_path / "told"
+    run = supervised(
+        tmp_path, [], f"RANK {log} deaf &", f"until [ -e {told} ]", "do sleep 0.1", "done", "kill -9 $!", "exit 137"
+    )
+    until(lambda: bool(lines(log, "started")))
+    run.signal(signal.SIGTERM)
+    until(lambda: bool(lines(log, "heard")))
+    told.touch()
+    assert run.wait() == 75, run.text
+
+
+def test_a_terminal_that_is_closed_ends_no_supervisor(tmp_path: Path) -> None:
+    log = tmp_path / "rank"
+    run = supervised(tmp_path, [], f"RANK {log} until_told")
+    until(lambda: bool(lines(log, "started")))
+    run.signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert run.poll() is None
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 75, run.text
+
+
+def test_a_mistake_in_the_command_line_is_not_started_again(tmp_path: Path) -> None:
+    """As under torchrun, whose own code is 1."""
+    train = shlex.join([sys.executable, SCRIPT, "--resume"])
+    run = supervised(tmp_path, ["--restarts", "2"], f"{train} || exit 1")
+    assert run.wait() == 2, run.text
+    assert "expected one argument" in run.text
 
 
 def test_what_does_not_end_in_its_grace_is_killed(tmp_path: Path) -> None:
@@ -301,6 +349,83 @@ def test_deepspeed_is_killed_and_comes_back_and_is_stopped(dclgan: Path, tmp_pat
         assert ended < 30
     print(f"saved and gone after {gone:.1f} s, training again after {back:.1f} s, ended after {ended:.1f} s")
     assert assert_saved_where_it_stopped(run, process.text) >= stopped + 4
+
+
+def ranks_of(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of a run's processes that are ranks, and neither their launchers nor what they have forked."""
+    found = [one for one in family if one.cmdline()[-1:] and SCRIPT in one.cmdline()[:4]]
+    pids = {one.pid for one in found}
+    return [one for one in found if one.ppid() not in pids]
+
+
+def test_a_launcher_that_is_killed_while_its_ranks_load_is_missed(dclgan: Path, tmp_path: Path) -> None:
+    """Its ranks would wait for it until the timeout of collectives."""
+    run = tmp_path / "run"
+    words = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
+    process = launch([*words, "--run-dir", str(run), *ENDLESS], tmp_path / "console")
+    until(lambda: len(ranks_of(psutil.Process(process.pid).children(recursive=True))) == 2)
+    time.sleep(0.3)  # they have noted who has started them, and load torch
+    assert not (run / ".lock").exists()
+    with family_of(process):
+        process.signal(signal.SIGKILL)
+    assert "the launcher that started this rank is gone, before it could train" in process.text
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_killed_rank_changes_no_weight(dclgan: Path, tmp_path: Path, launcher: str) -> None:
+    """The launcher ends the others, the supervisor starts all again, and they go on from the newest checkpoint."""
+    length = settings(schedule__constant_epochs=12)
+    counted = {"deepspeed": ["--num_gpus", "2"], "torchrun": ["--nproc_per_node", "2"]}[launcher]
+    words = [launcher, *counted, "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan), *length]
+    supervised_run, whole = tmp_path / "run", tmp_path / "whole"
+    command = [*SUPERVISE, "--restarts", "1", "--", *words, "--run-dir", str(supervised_run)]
+    process = launch(command, tmp_path / "console")
+    process.wait_for("Saved ")
+    with family_of(process) as family:
+        begun = time.monotonic()
+        ranks_of(family)[1].kill()
+        process.wait_for("restart 1 of 1")
+        gone = time.monotonic() - begun
+    assert process.wait() == 0, process.text
+    assert "resumes at image" in process.text and gone <= 15
+    print(f"{launcher}: a rank was killed, and all had ended after {gone:.1f} s")
+    codes, texts = finish(start_ranks(2, ["--config", dclgan, *length, "--run", whole], tmp_path / "whole_log"))
+    assert codes == [0, 0], texts
+    assert checkpoints(supervised_run)[-1] == checkpoints(whole)[-1]
+    for side in ("generator", "discriminator"):
+        one, other = (
+            run / "checkpoints" / checkpoints(whole)[-1] / f"{side}.safetensors" for run in (supervised_run, whole)
+        )
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.soak
+def test_of_two_supervisors_both_start_again_when_one_loses_its_launcher(dclgan: Path, tmp_path: Path) -> None:
+    """As on two nodes, each with a supervisor and an agent of torchrun."""
+    run, port = tmp_path / "run", str(free_port())
+    ranks = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    train = [SCRIPT, "--config", str(dclgan), "--run-dir", str(run), *ENDLESS]
+    nodes = [
+        launch(
+            [*SUPERVISE, "--restarts", "1", "--", *ranks, "--node_rank", str(node), *train],
+            tmp_path / f"console_{node}",
+        )
+        for node in range(2)
+    ]
+    nodes[0].wait_for("img 8/")
+    agent = psutil.Process(nodes[1].pid).children()[0]
+    with family_of(nodes[0]), family_of(nodes[1]):
+        agent.kill()
+        for node in nodes:
+            node.wait_for("restart 1 of 1")
+    stopped = assert_saved_where_it_stopped(run, nodes[0].text)
+    nodes[0].wait_for(f"img {stopped + 4}/")
+    for node in nodes:
+        node.signal(signal.SIGTERM)
+    assert [node.wait() for node in nodes] == [75, 75], nodes[0].text
+    assert assert_saved_where_it_stopped(run, nodes[0].text) >= stopped + 4
 
 
 def test_ranks_of_torchrun_save_and_end_when_its_agent_is_killed(dclgan: Path, tmp_path: Path) -> None:
