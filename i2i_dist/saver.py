@@ -1,8 +1,9 @@
 """Saving beside training: what a checkpoint holds is copied between two updates, and written while the next ones run.
 
-Training stands still for the copy to host memory alone. Then a thread of each rank writes, and it neither talks to
-other ranks nor calls CUDA: every rank has a few flags that all ranks reduce with those of each update, and what they
-come to moves all ranks on together, from "all shares are written" to "it is published".
+Training stands still for the copy to host memory alone. The disk is left to a thread of each rank, which neither talks
+to other ranks nor calls CUDA: every rank has a few flags that all ranks reduce with those of each update, and what they
+come to moves all ranks on together from phase to phase. First rank 0 makes the files, then every rank writes its share,
+then rank 0 publishes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,9 +72,7 @@ class Outcome(NamedTuple):
 
 
 class _Save(NamedTuple):
-    state: State
-    sides: dict[str, Captured]  # in host memory
-    writing: Path | None  # None: it could not be made
+    images_seen: int
     begun: float
     paused: float
 
@@ -113,7 +113,7 @@ class Saver:
         self._host: dict[str, Tensor] = {}  # where copies go; kept, since memory is slow the first time
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
-        self._closing = False  # all shares are written, or never will be
+        self._phases: list[Callable[[], None] | None] = []  # that are still to come; None where this rank has no work
         self._error: Exception | None = None  # what this rank has met and not told yet
         self._ended = 0.0
         self._failure: Failure | None = None
@@ -142,23 +142,17 @@ class Saver:
         """
         assert not self.busy, "one save at a time"
         rank, _ = rank_and_world()
-        name = from_first_rank(self._create(state, captured) if rank == 0 else "")
-        writing = self._directory / name if name else None
-        sides, pool = self._copied(captured, pools)
-        if writing is not None:
-            self._start(lambda: _write_share(writing, sides, pool, rank))
-        self._save = _Save(state, sides, writing, begun, time.monotonic() - begun)
-        self._reminder = time.monotonic() + _SLOW_SECONDS
-
-    def _create(self, state: State, captured: Mapping[str, Captured]) -> str:
         name = f".writing-{directory_name(state.images_seen)}-{uuid.uuid4().hex[:8]}"
-        try:
-            publishing.create(self._directory / name, captured)
-        except OSError as error:
-            self._error = error
-            shutil.rmtree(self._directory / name, ignore_errors=True)
-            return ""
-        return name
+        writing = self._directory / from_first_rank(name)
+        sides, pool = self._copied(captured, pools)
+        create = partial(publishing.create, writing, sides)
+        share = partial(_write_share, writing, sides, pool, rank)
+        close = partial(self._close, writing, state, sides)
+        self._phases = [create, share, close] if rank == 0 else [None, share, None]
+        self._failure = None
+        self._start(self._phases.pop(0))
+        self._save = _Save(state.images_seen, begun, time.monotonic() - begun)
+        self._reminder = time.monotonic() + _SLOW_SECONDS
 
     def _copied(
         self, captured: Mapping[str, Captured], pools: ImagePools
@@ -182,7 +176,11 @@ class Saver:
             self._host[key] = host
         return host.copy_(values.detach(), non_blocking=values.is_cuda)
 
-    def _start(self, work: Callable[[], None]) -> None:
+    def _start(self, work: Callable[[], None] | None) -> None:
+        """Have this rank's thread do its part of a phase, where it has one."""
+        if work is None:
+            return
+
         def attempt() -> None:
             try:
                 work()
@@ -210,36 +208,34 @@ class Saver:
             raise self._error
         failure = _agree_on_failure(self._error) if failed else None
         self._error = None
-        if not self._closing:
-            self._closing, self._failure = True, failure
-            if rank_and_world()[0] == 0:
-                self._start(lambda: self._close(save, given_up=failure is not None))
+        self._failure = self._failure or failure
+        if self._failure is not None:
+            del self._phases[:-1]  # the last one removes what was written
+        if self._phases:
+            self._start(self._phases.pop(0))
             return None
-        outcome = Outcome(save.state.images_seen, self._failure or failure, self._ended - save.begun, save.paused)
-        self._save, self._thread, self._closing = None, None, False
-        return outcome
+        self._save, self._thread = None, None
+        return Outcome(save.images_seen, self._failure, self._ended - save.begun, save.paused)
 
     def _remind(self, save: _Save, again: float) -> None:
         """Say that this rank's thread is slow, where it is time to, and again after so many seconds."""
         now = time.monotonic()
         if self.flags[0] and now >= self._reminder:
-            seen, rank = save.state.images_seen, rank_and_world()[0]
+            seen, rank = save.images_seen, rank_and_world()[0]
             told = (
                 "The checkpoint at image %d waits for the disk of rank %d, for %.0f s so far: look whether %s answers."
             )
             _log.warning(told, seen, rank, now - save.begun, self._directory)
             self._reminder = now + again
 
-    def _close(self, save: _Save, given_up: bool) -> None:
-        """Publish, or remove what was written. On rank 0."""
-        if save.writing is None:
-            return
+    def _close(self, writing: Path, state: State, sides: Mapping[str, Captured]) -> None:
+        """Publish, or remove what was written."""
         try:
-            if not given_up:
-                target = self._directory / directory_name(save.state.images_seen)
-                publishing.publish(save.writing, target, save.state, save.sides, self._keep)
+            if self._failure is None:
+                target = self._directory / directory_name(state.images_seen)
+                publishing.publish(writing, target, state, sides, self._keep)
         finally:
-            shutil.rmtree(save.writing, ignore_errors=True)
+            shutil.rmtree(writing, ignore_errors=True)
 
     def finish(self) -> Outcome | None:
         """Wait until nothing is under way; return what came of it, or None where nothing was. Collective.
@@ -266,15 +262,15 @@ class Saver:
         """End a save whose thread hangs on some rank, `mine` where on this one. Collective."""
         error = TimeoutError(f"the disk has not answered for {self._patience:.0f} s") if mine else None
         failure = _agree_on_failure(error)
-        self._save, self._closing, self._hung = None, False, True
-        return Outcome(save.state.images_seen, failure, time.monotonic() - save.begun, save.paused)
+        self._save, self._hung = None, True
+        return Outcome(save.images_seen, failure, time.monotonic() - save.begun, save.paused)
 
     def leave(self) -> None:
         """Let a checkpoint that all ranks have written be published, on rank 0, where the run ends for an error.
 
         The other ranks may be gone: a share that is still being written will never be part of one, so nobody waits.
         """
-        if self._closing and self._thread is not None:
+        if self._save is not None and not self._phases and self._thread is not None:
             self._thread.join(_LEAVING_SECONDS)
 
 

@@ -42,6 +42,13 @@ def new_saver(directory: Path, device: str = "cpu") -> Saver:
     return Saver(directory, Keep(3), torch.device(device))
 
 
+def next_phase(mine: Saver) -> None:
+    """Wait until the phase under way is over, and enter the next."""
+    while mine.flags[0]:
+        time.sleep(0.01)
+    assert mine.advance(*mine.flags) is None
+
+
 class Held:
     """Lets no piece be written before it is told to."""
 
@@ -76,6 +83,7 @@ def test_training_goes_on_and_the_checkpoint_holds_what_was(tmp_path: Path, held
             state["exp_avg"].add_(1)
     for images in pools.images.values():
         images[0].add_(1)
+    next_phase(mine)
     assert mine.busy and mine.flags == (True, False)
     assert mine.advance(True, False) is None
     assert visible(tmp_path) == [] and len(hidden(tmp_path)) == 1
@@ -180,9 +188,8 @@ def test_who_leaves_for_an_error_publishes_what_is_complete(tmp_path: Path, monk
     monkeypatch.setattr(publishing, "publish", slow)
     mine = new_saver(tmp_path)
     begin(mine, 100, plain_sides(1), filled_pools(1))
-    while mine.flags[0]:
-        time.sleep(0.01)
-    mine.advance(False, False)
+    next_phase(mine)
+    next_phase(mine)
     threading.Timer(0.3, go.set).start()
     mine.leave()
     verify(tmp_path / directory_name(100))
@@ -192,6 +199,7 @@ def test_who_leaves_for_an_error_publishes_what_is_complete(tmp_path: Path, monk
 def test_who_leaves_waits_for_no_share_that_can_no_longer_be_published(tmp_path: Path, held: Held) -> None:
     mine = new_saver(tmp_path)
     begin(mine, 100, plain_sides(1), filled_pools(1))
+    next_phase(mine)
     begun = time.monotonic()
     mine.leave()
     assert time.monotonic() - begun < saver._LEAVING_SECONDS / 2
@@ -206,18 +214,48 @@ def test_who_leaves_does_not_wait_for_ever_to_publish(tmp_path: Path, monkeypatc
     monkeypatch.setattr(publishing, "publish", lambda *_: go.wait(60))
     mine = new_saver(tmp_path)
     begin(mine, 100, plain_sides(1), filled_pools(1))
-    while mine.flags[0]:
-        time.sleep(0.01)
-    mine.advance(False, False)
+    next_phase(mine)
+    next_phase(mine)
     mine.leave()
     assert mine.flags == (True, False)
     go.set()
 
 
-@pytest.mark.parametrize("phase", ["write_share", "publish"])
+PHASES = ["create", "write_share", "publish"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_disk_that_hangs_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """Whatever it hangs in; when it answers again, the checkpoint is published."""
+    assert save(tmp_path, 100) is None
+    go, hangs, real = threading.Event(), threading.Event(), getattr(publishing, phase)
+
+    def slow(*arguments: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        hangs.set()
+        assert go.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(publishing, phase, slow)
+    mine = new_saver(tmp_path)
+    begin(mine, 200, plain_sides(1), filled_pools(1))
+    for _ in range(PHASES.index(phase)):
+        next_phase(mine)
+    assert hangs.wait(60)
+    for _ in range(3):  # updates
+        assert mine.flags == (True, False) and mine.advance(*mine.flags) is None
+    assert mine.busy
+    assert newest_verified(tmp_path) == (tmp_path / directory_name(100), [])
+    go.set()
+    assert (outcome := mine.finish()) is not None and outcome.failure is None
+    assert visible(tmp_path) == [100, 200] and hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_disk_that_hangs_is_told_of_and_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
 ) -> None:
+    assert save(tmp_path, 50) is None
     go = threading.Event()
     monkeypatch.setattr(publishing, phase, lambda *_: go.wait(60))
     monkeypatch.setattr(saver, "_REMINDER_SECONDS", 0.2)
@@ -231,6 +269,7 @@ def test_a_disk_that_hangs_is_told_of_and_given_up(
     assert all(text.startswith("The checkpoint at image 100 waits for the disk of rank 0, for ") for text in told)
     assert mine.busy, "its thread may still read the copies"
     assert mine.finish() is None
+    assert newest_verified(tmp_path) == (tmp_path / directory_name(50), [])
     begun = time.monotonic()
     mine.leave()
     assert time.monotonic() - begun < saver._LEAVING_SECONDS / 2
@@ -243,6 +282,7 @@ def test_a_slow_disk_beside_training_is_told_of_once(
     monkeypatch.setattr(saver, "_SLOW_SECONDS", 0.2)
     mine = new_saver(tmp_path)
     begin(mine, 100, plain_sides(1), filled_pools(1))
+    next_phase(mine)
     mine.advance(True, False)
     assert not caplog.records
     time.sleep(0.3)

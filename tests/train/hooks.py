@@ -39,8 +39,8 @@ def little_room() -> None:
     plan.free_bytes = lambda directory: 1000
 
 
-def saves_end_before_the_next_update() -> None:
-    """However busy the disk is; so it is certain at which update the next one is begun."""
+def saves_take_three_updates() -> None:
+    """A phase ends before the next update, however busy the disk is; so it is certain at which the next save begins."""
     real = Saver.flags.fget
     assert real is not None
 
@@ -52,22 +52,27 @@ def saves_end_before_the_next_update() -> None:
     Saver.flags = property(flags)  # type: ignore[method-assign, assignment]
 
 
-def _in_second_share(change: Callable[[Callable[[], None]], None]) -> None:
-    """Have `change` called with what writes this rank's share of the second checkpoint, in place of it."""
-    real, calls = publishing.write_share, itertools.count()
+def _in_second_checkpoint(change: Callable[[Callable[[], None]], None], name: str = "write_share") -> None:
+    """Have `change` called with what this rank does in a phase of the second checkpoint, in place of it."""
+    real, calls = getattr(publishing, name), itertools.count()
 
-    def write_share(*arguments: Any) -> None:
+    def call(*arguments: Any) -> None:
         if next(calls) == 1:
             change(lambda: real(*arguments))
         else:
             real(*arguments)
 
-    publishing.write_share = write_share
+    setattr(publishing, name, call)
 
 
 def disk_hangs_in_second_checkpoint() -> None:
     """For longer than any run waits."""
-    _in_second_share(lambda write: time.sleep(3600))
+    _in_second_checkpoint(lambda write: time.sleep(3600))
+
+
+def disk_hangs_where_second_checkpoint_is_created() -> None:
+    """The same before there is a file; of rank 0, since no other one creates any."""
+    _in_second_checkpoint(lambda create: time.sleep(3600), "create")
 
 
 def disk_full_in_second_checkpoint() -> None:
@@ -88,7 +93,7 @@ def disk_full_in_second_checkpoint() -> None:
         finally:
             os.pwrite = real
 
-    _in_second_share(fail)
+    _in_second_checkpoint(fail)
 
 
 def dies_with_its_share_of_second_checkpoint() -> None:
@@ -96,7 +101,7 @@ def dies_with_its_share_of_second_checkpoint() -> None:
         write()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    _in_second_share(die)
+    _in_second_checkpoint(die)
 
 
 def second_checkpoint_waits_for_a_signal() -> None:

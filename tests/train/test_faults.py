@@ -96,12 +96,14 @@ def test_a_rank_that_dies_before_all_is_written_leaves_the_checkpoint_before(dcl
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
 
 
-def test_a_run_does_not_wait_for_ever_for_a_disk_that_hangs(dclgan: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hooks", [["", "disk_hangs_in_second_checkpoint"], ["disk_hangs_where_second_checkpoint_is_created", ""]]
+)
+def test_a_run_does_not_wait_for_ever_for_a_disk_that_hangs(dclgan: Path, tmp_path: Path, hooks: list[str]) -> None:
     words = ["--config", str(dclgan), *settings(engine__timeout_seconds=12), "--run", str(tmp_path / "run")]
-    ranks = start_ranks(2, words, tmp_path / "log", hooks=["", "disk_hangs_in_second_checkpoint"])
-    codes, (text, _) = finish(ranks)
+    codes, (text, _) = finish(start_ranks(2, words, tmp_path / "log", hooks=hooks))
     assert codes == [1, 1], text
-    reason = "rank 1: the disk has not answered for 12 s"
+    reason = f"rank {int(hooks[0] == '')}: the disk has not answered for 12 s"
     assert re.search(rf"No checkpoint at image \d+: {reason}\. Those before it are kept\.", text)
     assert f"at image 24, but its last checkpoint could not be written ({reason})" in text
     assert checkpoints(tmp_path / "run") == [f"images_{8:012d}"]

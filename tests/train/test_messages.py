@@ -164,7 +164,7 @@ def finished(dclgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three checkpoints; tests copy it."""
     run = tmp_path_factory.mktemp("finished") / "run"
     words = ["--config", str(dclgan), "--run", str(run)]
-    process = start(words, run.with_name("log"), hook="saves_end_before_the_next_update")
+    process = start(words, run.with_name("log"), hook="saves_take_three_updates")
     assert process.wait() == 0, process.text
     assert checkpoints(run) == [f"images_{images:012d}" for images in (8, 16, 24)]
     return run
@@ -246,7 +246,7 @@ def test_going_back_to_an_older_checkpoint(dclgan: Path, run: Path, tmp_path: Pa
 
     words = [*longer(dclgan, run), "--resume", str(run / "checkpoints" / f"images_{8:012d}")]
     words += settings(output__keep_checkpoints=2)
-    process = start(words, tmp_path / "log", hook="saves_end_before_the_next_update")
+    process = start(words, tmp_path / "log", hook="saves_take_three_updates")
     assert process.wait() == 0, process.text
     assert "resumes at image 8" in process.text
     assert checkpoints(run) == [f"images_{images:012d}" for images in (24, 32)]
