@@ -16,9 +16,9 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from i2i_dist.command_line import parse
 from tests import launch_files, needs
+from tests.launch_files import LAUNCHERS
 from tests.ranks import ROOT
 
-LAUNCHERS = ROOT / "launchers"
 DOCKERFILE = LAUNCHERS / "container" / "Dockerfile"
 DEFINITION = LAUNCHERS / "container" / "i2i_dist.def"
 KUBERNETES_VERSIONS = ("1.31", "1.37")
@@ -90,7 +90,7 @@ JOB_SET = strict(
 
 @pytest.fixture
 def job_set() -> dict[str, Any]:
-    return launch_files.manifests()["JobSet"]
+    return launch_files.job_set()
 
 
 def validate(job_set: dict[str, Any]) -> None:
@@ -104,9 +104,14 @@ def validate(job_set: dict[str, Any]) -> None:
 
 def test_kubernetes_knows_every_key(job_set: dict[str, Any]) -> None:
     validate(job_set)
-    claim = launch_files.manifests()["PersistentVolumeClaim"]
     for version in KUBERNETES_VERSIONS:
-        kubernetes_validate.validate(claim, version, strict=True)
+        kubernetes_validate.validate(launch_files.claim(), version, strict=True)
+
+
+def test_deleting_the_job_set_keeps_the_volume(job_set: dict[str, Any]) -> None:
+    """Each file has one object, and that of `kubectl delete -f launchers/kubernetes.yaml` is not the claim."""
+    assert job_set["kind"] == "JobSet"
+    assert launch_files.claim()["kind"] == "PersistentVolumeClaim"
 
 
 def rename(path: str, new: str) -> Callable[[Any], None]:
@@ -147,7 +152,7 @@ def test_the_manifest_agrees_with_itself_and_with_the_trainer(job_set: dict[str,
     assert pod["terminationGracePeriodSeconds"] >= int(launch_files.option(command, "grace")) + 15
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     claims = [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "emptyDir" not in volume]
-    assert claims == [launch_files.manifests()["PersistentVolumeClaim"]["metadata"]["name"]]
+    assert claims == [launch_files.claim()["metadata"]["name"]]
     assert pod["restartPolicy"] == "Never"  # the only one that podFailurePolicy goes with
     by_code = {
         code: rule["action"]
