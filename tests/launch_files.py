@@ -45,6 +45,8 @@ def pod_command(node_rank: int, **options: object) -> list[str]:
     words = [re.sub(r"\$\(NODE_RANK\)", str(node_rank), word) for word in command]
     for name, value in options.items():
         old = f"--{name.replace('_', '-') if name == 'run_dir' else name}="
+        if name == "set":  # of several, that of the same key
+            old, value = f"{old}{str(value).partition('=')[0]}=", str(value).partition("=")[2]
         (place,) = [at for at, word in enumerate(words) if word.startswith(old)]
         words[place] = f"{old}{value}"
     return words

@@ -14,7 +14,10 @@ import kubernetes_validate
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
+from i2i_dist import assembly, config
+from i2i_dist.assembly import Settings
 from i2i_dist.command_line import parse
+from i2i_dist.methods import resolve
 from tests import launch_files, needs
 from tests.launch_files import LAUNCHERS
 from tests.ranks import ROOT
@@ -166,6 +169,31 @@ def test_the_manifest_agrees_with_itself_and_with_the_trainer(job_set: dict[str,
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     assert any(options.run.startswith(f"{mount}/") for mount in mounts)
     assert f"WORKDIR {container['workingDir']}\n" in DOCKERFILE.read_text()
+
+
+def check_batch(words: list[str], ranks: int) -> None:
+    """Refuse what train.py, with these words, would refuse on so many ranks."""
+    options = parse(words)
+    loaded = config.load(ROOT / options.config, options.settings)
+    settings = Settings(loaded, *resolve(loaded.method), Path(options.run))
+    assembly._check_fits(loaded, assembly._sketch(settings), assembly._layout(loaded, ranks, "fp32"))
+
+
+def test_the_manifest_s_batch_is_shared_by_all_ranks(job_set: dict[str, Any]) -> None:
+    command = launch_files.container_of(job_set)["command"]
+    words = command[command.index("launchers/train.py") + 1 :]
+    ranks = int(launch_files.option(command, "nnodes")) * int(launch_files.option(command, "nproc_per_node"))
+    check_batch(words, ranks)
+    with pytest.raises(config.ConfigError, match="allowed on 16 ranks is a multiple of 16"):
+        check_batch([word for word in words if "global_batch" not in word], ranks)
+
+
+@pytest.mark.parametrize("path", ["launchers/slurm.sbatch", "docs/operations.md"])
+def test_the_example_s_batch_is_shared_by_all_tasks(path: str) -> None:
+    (found,) = re.findall(r"^#?    +sbatch --nodes=(\d+) launchers/slurm.sbatch (.+)$", (ROOT / path).read_text(), re.M)
+    tasks = re.findall(r"^#SBATCH --ntasks-per-node=(\d+)$", (LAUNCHERS / "slurm.sbatch").read_text(), re.M)
+    nodes, words = found
+    check_batch(words.split(), int(nodes) * int(tasks[0]))
 
 
 def test_deepspeed_reads_the_example_of_a_hostfile() -> None:
