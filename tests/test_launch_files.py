@@ -13,6 +13,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
+from torch.distributed.elastic.rendezvous import RendezvousParameters, static_tcp_rendezvous
+from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
 from i2i_dist import assembly, config
 from i2i_dist.assembly import Settings
@@ -169,6 +171,14 @@ def test_the_manifest_agrees_with_itself_and_with_the_trainer(job_set: dict[str,
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     assert any(options.run.startswith(f"{mount}/") for mount in mounts)
     assert f"WORKDIR {container['workingDir']}\n" in DOCKERFILE.read_text()
+
+
+def test_torchrun_waits_for_a_node_as_long_as_the_page_says(job_set: dict[str, Any]) -> None:
+    command = launch_files.container_of(job_set)["command"]
+    given: dict[str, Any] = _parse_rendezvous_config(launch_files.option(command, "rdzv_conf"))
+    parameters = RendezvousParameters("static", "node:29500", "run", 2, 2, rank=1, **given)
+    waits = static_tcp_rendezvous.create_rdzv_handler(parameters).timeout  # type: ignore[attr-defined]
+    assert f"`--rdzv_conf=timeout={waits.seconds}` of the manifest" in (ROOT / "docs" / "operations.md").read_text()
 
 
 def check_batch(words: list[str], ranks: int) -> None:
