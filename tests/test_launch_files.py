@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from deepspeed.launcher.runner import fetch_hostfile
 from torch.distributed.elastic.rendezvous import RendezvousParameters, static_tcp_rendezvous
 from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
@@ -171,6 +172,33 @@ def test_the_manifest_agrees_with_itself_and_with_the_trainer(job_set: dict[str,
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     assert any(options.run.startswith(f"{mount}/") for mount in mounts)
     assert f"WORKDIR {container['workingDir']}\n" in DOCKERFILE.read_text()
+
+
+def test_the_metrics_of_the_first_pod_can_be_reached(job_set: dict[str, Any]) -> None:
+    container = launch_files.container_of(job_set)
+    command = container["command"]
+    options = parse(command[command.index("launchers/train.py") + 1 :])
+    output = config.load(ROOT / options.config, options.settings).output
+    assert output.metrics_host == "0.0.0.0"
+    assert [port["containerPort"] for port in container["ports"]] == [output.metrics_port]
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(output.metrics_port)
+
+
+def scrape_example() -> dict[str, Any]:
+    """Return the one configuration of Prometheus that docs/operations.md shows."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (example,) = re.findall(r"^    scrape_configs:\n(?:     .*\n)+", page, re.MULTILINE)
+    return dict(yaml.safe_load(example))
+
+
+def test_the_scrape_example_asks_where_a_run_answers(job_set: dict[str, Any]) -> None:
+    by_address, in_pods = scrape_example()["scrape_configs"]
+    default = config.OutputConfig().metrics_port
+    assert all(target.endswith(f":{default}") for one in by_address["static_configs"] for target in one["targets"])
+    container = launch_files.container_of(job_set)
+    kept = [rule["regex"] for rule in in_pods["relabel_configs"] if rule.get("action") == "keep"]
+    assert kept == [f"{container['name']};{container['ports'][0]['name']};0"]  # nodes are numbered from 0, as ranks are
 
 
 def test_torchrun_waits_for_a_node_as_long_as_the_page_says(job_set: dict[str, Any]) -> None:
