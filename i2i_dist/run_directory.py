@@ -169,7 +169,7 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
     if found is None and skipped:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {directory / 'checkpoints'} verifies; restore one of them, or "
-            "start over beside them with --fresh"
+            "start over in another directory: a new --run DIR, or --fresh where nothing starts the run again"
         )
     if found is not None:
         _check_hint(found)
