@@ -121,7 +121,8 @@ class OutputConfig(Section):
     keep_checkpoints: Positive = 3  # so many of the newest; besides,
     keep_every_images: Positive | None = None  # the first at or after each multiple of this; null keeps none for that
     keep_best: str | None = None  # the one with the lowest mean of this loss, or gauge of the method; null: none
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = 9410  # Prometheus on 127.0.0.1; null switches it off
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = 9410  # Prometheus, of rank 0; null switches it off
+    metrics_host: str = "127.0.0.1"  # the address it listens on; "0.0.0.0" is all, for whom the network lets through
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> OutputConfig:

@@ -62,7 +62,7 @@ class Reporter:
         output = settings.config.output
         self.metrics = Metrics(build, names, start.images_seen, run.target, output.checkpoint_every_images)
         if output.metrics_port is not None:
-            self._server = serve(self.metrics, "127.0.0.1", output.metrics_port)
+            self._server = serve(self.metrics, output.metrics_host, output.metrics_port)
 
     def begin(self) -> None:
         """Mark the begin of an update, before its first batch is asked for."""

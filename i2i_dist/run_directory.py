@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,6 +18,9 @@ from i2i_dist.config import ConfigError
 from i2i_dist.distributed import from_first_rank, gather_texts
 
 _SEEN_SECONDS = 5.0  # longer than NFS clients believe what they know of a file (acregmin: 3)
+
+_HELD = {errno.EAGAIN, errno.EACCES}  # what a lock answers that another process holds
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system without locks answers
 
 _WENT_BACK = ".went_back"  # of a run's directory: the checkpoint that its training went on from, and --resume
 
@@ -38,7 +42,7 @@ def lock(directory: Path) -> IO[str]:
     """Make the directory and lock it until the returned file is closed or the process ends, however it ends.
 
     Raises:
-        ConfigError: The directory cannot be written.
+        ConfigError: The directory cannot be written, or its file system has no locks.
         TemporaryError: Another run holds the lock, perhaps one that is about to end; or the disk fails or is full.
     """
     try:
@@ -48,13 +52,9 @@ def lock(directory: Path) -> IO[str]:
         raise kind_of(error)(f"--run {directory}: cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise TemporaryError(
-            f"--run {directory} is in use by {holder}; wait for it, stop it, or give this run another --run"
-        ) from None
+    except OSError as error:
+        with file:
+            raise _not_locked(directory, file, error) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
@@ -62,6 +62,23 @@ def lock(directory: Path) -> IO[str]:
     # The lock is the open file's: reading processes that outlive a killed trainer by seconds would go on holding it.
     os.register_at_fork(after_in_child=file.close)
     return file
+
+
+def _not_locked(directory: Path, file: IO[str], error: OSError) -> ConfigError | TemporaryError:
+    """Return what to say of a lock that was not given."""
+    if error.errno in _HELD:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        return TemporaryError(
+            f"--run {directory} is in use by {holder}; wait for it, stop it, or give this run another --run"
+        )
+    if error.errno in _NO_LOCKS:
+        return ConfigError(
+            f"--run {directory}: this file system has no locks (flock: {error.strerror}), without which two runs could "
+            "write into one directory; have it mounted with them (Lustre: -o flock; NFS 3: a lock daemon on both "
+            "sides), or give this run a --run on another one"
+        )
+    return kind_of(error)(f"--run {directory}: cannot be locked: {error.strerror}")
 
 
 def _holder(directory: Path) -> str:
@@ -152,7 +169,7 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
     if found is None and skipped:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {directory / 'checkpoints'} verifies; restore one of them, or "
-            "start over beside them with --fresh"
+            "start over in another directory: a new --run DIR, or --fresh where nothing starts the run again"
         )
     if found is not None:
         _check_hint(found)

@@ -10,12 +10,21 @@ import yaml
 
 from tests.ranks import ROOT
 
-KUBERNETES = ROOT / "launchers" / "kubernetes.yaml"
+LAUNCHERS = ROOT / "launchers"
 
 
-def manifests() -> dict[str, dict[str, Any]]:
-    """Return the objects of launchers/kubernetes.yaml by kind."""
-    return {each["kind"]: each for each in yaml.safe_load_all(KUBERNETES.read_text())}
+def manifest(name: str) -> dict[str, Any]:
+    """Return the one object of a file in launchers/."""
+    (found,) = yaml.safe_load_all((LAUNCHERS / name).read_text())
+    return dict(found)
+
+
+def job_set() -> dict[str, Any]:
+    return manifest("kubernetes.yaml")
+
+
+def claim() -> dict[str, Any]:
+    return manifest("kubernetes-storage.yaml")
 
 
 def container_of(job_set: dict[str, Any]) -> dict[str, Any]:
@@ -32,10 +41,12 @@ def option(command: list[str], name: str) -> str:
 
 def pod_command(node_rank: int, **options: object) -> list[str]:
     """Return what a pod runs, with some options changed."""
-    command = container_of(manifests()["JobSet"])["command"]
+    command = container_of(job_set())["command"]
     words = [re.sub(r"\$\(NODE_RANK\)", str(node_rank), word) for word in command]
     for name, value in options.items():
         old = f"--{name.replace('_', '-') if name == 'run_dir' else name}="
+        if name == "set":  # of several, that of the same key
+            old, value = f"{old}{str(value).partition('=')[0]}=", str(value).partition("=")[2]
         (place,) = [at for at, word in enumerate(words) if word.startswith(old)]
         words[place] = f"{old}{value}"
     return words

@@ -12,13 +12,19 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from deepspeed.launcher.runner import fetch_hostfile
+from torch.distributed.elastic.rendezvous import RendezvousParameters, static_tcp_rendezvous
+from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
+from i2i_dist import assembly, config
+from i2i_dist.assembly import Settings
 from i2i_dist.command_line import parse
+from i2i_dist.methods import resolve
 from tests import launch_files, needs
+from tests.launch_files import LAUNCHERS
 from tests.ranks import ROOT
 
-LAUNCHERS = ROOT / "launchers"
 DOCKERFILE = LAUNCHERS / "container" / "Dockerfile"
 DEFINITION = LAUNCHERS / "container" / "i2i_dist.def"
 KUBERNETES_VERSIONS = ("1.31", "1.37")
@@ -90,7 +96,7 @@ JOB_SET = strict(
 
 @pytest.fixture
 def job_set() -> dict[str, Any]:
-    return launch_files.manifests()["JobSet"]
+    return launch_files.job_set()
 
 
 def validate(job_set: dict[str, Any]) -> None:
@@ -104,9 +110,14 @@ def validate(job_set: dict[str, Any]) -> None:
 
 def test_kubernetes_knows_every_key(job_set: dict[str, Any]) -> None:
     validate(job_set)
-    claim = launch_files.manifests()["PersistentVolumeClaim"]
     for version in KUBERNETES_VERSIONS:
-        kubernetes_validate.validate(claim, version, strict=True)
+        kubernetes_validate.validate(launch_files.claim(), version, strict=True)
+
+
+def test_deleting_the_job_set_keeps_the_volume(job_set: dict[str, Any]) -> None:
+    """Each file has one object, and that of `kubectl delete -f launchers/kubernetes.yaml` is not the claim."""
+    assert job_set["kind"] == "JobSet"
+    assert launch_files.claim()["kind"] == "PersistentVolumeClaim"
 
 
 def rename(path: str, new: str) -> Callable[[Any], None]:
@@ -147,7 +158,7 @@ def test_the_manifest_agrees_with_itself_and_with_the_trainer(job_set: dict[str,
     assert pod["terminationGracePeriodSeconds"] >= int(launch_files.option(command, "grace")) + 15
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     claims = [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "emptyDir" not in volume]
-    assert claims == [launch_files.manifests()["PersistentVolumeClaim"]["metadata"]["name"]]
+    assert claims == [launch_files.claim()["metadata"]["name"]]
     assert pod["restartPolicy"] == "Never"  # the only one that podFailurePolicy goes with
     by_code = {
         code: rule["action"]
@@ -161,6 +172,66 @@ def test_the_manifest_agrees_with_itself_and_with_the_trainer(job_set: dict[str,
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     assert any(options.run.startswith(f"{mount}/") for mount in mounts)
     assert f"WORKDIR {container['workingDir']}\n" in DOCKERFILE.read_text()
+
+
+def test_the_metrics_of_the_first_pod_can_be_reached(job_set: dict[str, Any]) -> None:
+    container = launch_files.container_of(job_set)
+    command = container["command"]
+    options = parse(command[command.index("launchers/train.py") + 1 :])
+    output = config.load(ROOT / options.config, options.settings).output
+    assert output.metrics_host == "0.0.0.0"
+    assert [port["containerPort"] for port in container["ports"]] == [output.metrics_port]
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(output.metrics_port)
+
+
+def scrape_example() -> dict[str, Any]:
+    """Return the one configuration of Prometheus that docs/operations.md shows."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (example,) = re.findall(r"^    scrape_configs:\n(?:     .*\n)+", page, re.MULTILINE)
+    return dict(yaml.safe_load(example))
+
+
+def test_the_scrape_example_asks_where_a_run_answers(job_set: dict[str, Any]) -> None:
+    by_address, in_pods = scrape_example()["scrape_configs"]
+    default = config.OutputConfig().metrics_port
+    assert all(target.endswith(f":{default}") for one in by_address["static_configs"] for target in one["targets"])
+    container = launch_files.container_of(job_set)
+    kept = [rule["regex"] for rule in in_pods["relabel_configs"] if rule.get("action") == "keep"]
+    assert kept == [f"{container['name']};{container['ports'][0]['name']};0"]  # nodes are numbered from 0, as ranks are
+
+
+def test_torchrun_waits_for_a_node_as_long_as_the_page_says(job_set: dict[str, Any]) -> None:
+    command = launch_files.container_of(job_set)["command"]
+    given: dict[str, Any] = _parse_rendezvous_config(launch_files.option(command, "rdzv_conf"))
+    parameters = RendezvousParameters("static", "node:29500", "run", 2, 2, rank=1, **given)
+    waits = static_tcp_rendezvous.create_rdzv_handler(parameters).timeout  # type: ignore[attr-defined]
+    assert f"`--rdzv_conf=timeout={waits.seconds}` of the manifest" in (ROOT / "docs" / "operations.md").read_text()
+
+
+def check_batch(words: list[str], ranks: int) -> None:
+    """Refuse what train.py, with these words, would refuse on so many ranks."""
+    options = parse(words)
+    loaded = config.load(ROOT / options.config, options.settings)
+    settings = Settings(loaded, *resolve(loaded.method), Path(options.run))
+    assembly._check_fits(loaded, assembly._sketch(settings), assembly._layout(loaded, ranks, "fp32"))
+
+
+def test_the_manifest_s_batch_is_shared_by_all_ranks(job_set: dict[str, Any]) -> None:
+    command = launch_files.container_of(job_set)["command"]
+    words = command[command.index("launchers/train.py") + 1 :]
+    ranks = int(launch_files.option(command, "nnodes")) * int(launch_files.option(command, "nproc_per_node"))
+    check_batch(words, ranks)
+    with pytest.raises(config.ConfigError, match="allowed on 16 ranks is a multiple of 16"):
+        check_batch([word for word in words if "global_batch" not in word], ranks)
+
+
+@pytest.mark.parametrize("path", ["launchers/slurm.sbatch", "docs/operations.md"])
+def test_the_example_s_batch_is_shared_by_all_tasks(path: str) -> None:
+    (found,) = re.findall(r"^#?    +sbatch --nodes=(\d+) launchers/slurm.sbatch (.+)$", (ROOT / path).read_text(), re.M)
+    tasks = re.findall(r"^#SBATCH --ntasks-per-node=(\d+)$", (LAUNCHERS / "slurm.sbatch").read_text(), re.M)
+    nodes, words = found
+    check_batch(words.split(), int(nodes) * int(tasks[0]))
 
 
 def test_deepspeed_reads_the_example_of_a_hostfile() -> None:

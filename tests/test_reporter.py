@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,14 +37,14 @@ class Watched:
         return {"spread": Gauge(self.value, 0.05, "it is stuck; free it")}
 
 
-def reporter(method: Any, directory: Path, rank: int = 0, world: int = 2) -> Reporter:
+def reporter(method: Any, directory: Path, rank: int = 0, world: int = 2, **output: Any) -> Reporter:
+    output = {"metrics_port": None, "checkpoint_every_images": 10} | output
     run = SimpleNamespace(
         method=method, target=100, device=torch.device("cpu"), layout=SimpleNamespace(precision="fp32"),
         ranks=SimpleNamespace(rank=rank, world=world),
         start=SimpleNamespace(images_seen=0, updates=0, dataset={"a": {}, "b": {}}, config={"method": {"name": "x"}}),
         settings=SimpleNamespace(
-            directory=directory,
-            config=SimpleNamespace(output=SimpleNamespace(metrics_port=None, checkpoint_every_images=10)),
+            directory=directory, config=SimpleNamespace(output=SimpleNamespace(**output)),
         ),
     )  # fmt: skip
     return Reporter(run)  # type: ignore[arg-type]
@@ -90,6 +92,16 @@ def test_a_gauge_is_told_each_time_it_falls_below_its_lowest(
     assert "cycle 3 gan 3 spread 0.04 |" in lines[1].getMessage()
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warned == [f"spread is {value}, below 0.05: it is stuck; free it." for value in ("0.04", "0.01")]
+
+
+def test_metrics_are_served_on_the_address_that_is_asked_for(tmp_path: Path) -> None:
+    one = reporter(object(), tmp_path, metrics_port=0, metrics_host="127.0.0.2")
+    assert one._server is not None
+    with urllib.request.urlopen(f"http://127.0.0.2:{one._server.port}/metrics", timeout=10) as answer:
+        assert b"i2i_train_images_seen" in answer.read()
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{one._server.port}/metrics", timeout=10)
+    one.close()
 
 
 def test_other_ranks_and_other_methods_say_nothing(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from i2i_dist import run_directory
+from i2i_dist.agreement import TemporaryError
 from i2i_dist.config import ConfigError
 
 
@@ -19,6 +23,33 @@ def test_the_lock_is_on_the_disk_with_its_text(tmp_path: Path, monkeypatch: pyte
         text = (tmp_path / ".lock").read_text()
         assert text.startswith(f"process {os.getpid()} on ")
         assert flushed == [len(text)]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "text"),
+    [
+        (errno.EAGAIN, TemporaryError, "is in use by process 7 on node0; wait for it"),
+        (errno.EACCES, TemporaryError, "is in use by process 7 on node0; wait for it"),
+        (errno.ENOSYS, ConfigError, r"has no locks \(flock: Function not implemented\).*Lustre: -o flock"),
+        (errno.ENOLCK, ConfigError, r"has no locks \(flock: No locks available\)"),
+        (errno.EOPNOTSUPP, ConfigError, r"has no locks \(flock: Operation not supported\)"),
+        (errno.EIO, TemporaryError, "cannot be locked: Input/output error"),
+    ],
+)
+def test_only_a_lock_that_is_held_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], text: str
+) -> None:
+    def refuse(file: IO[str], how: int) -> None:
+        files.append(file)
+        raise OSError(number, os.strerror(number))
+
+    files: list[IO[str]] = []
+    (tmp_path / ".lock").write_text("process 7 on node0\n")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(kind, match=text):
+        run_directory.lock(tmp_path)
+    assert files[0].closed
+    assert (tmp_path / ".lock").read_text() == "process 7 on node0\n"
 
 
 @pytest.mark.parametrize("before", [None, "process 1 on another\n"], ids=["nothing", "an older holder"])

@@ -54,24 +54,53 @@ def job(words: list[str], directory: Path, log: str) -> Started:
     return launch(["bash", SCRIPT, *words], directory / log, slurm_environment(directory))
 
 
-@pytest.mark.parametrize(("numbers", "requeued"), [([signal.SIGUSR1, signal.SIGUSR1], 1), ([signal.SIGTERM], 0)])
+def with_srun(directory: Path, body: str) -> dict[str, str]:
+    """SLURM's environment, with a srun that trains nothing."""
+    (directory / "srun").write_text(f"#!/bin/bash\n{body}\n")
+    (directory / "srun").chmod(0o755)
+    environment = slurm_environment(directory)
+    return environment | {"PATH": f"{directory}{os.pathsep}{environment['PATH']}"}
+
+
+STARTED = 'touch "${0%/*}/there"'
+SLEEPS = f"{STARTED}; exec sleep 600"
+FAILS = f"""
+trap 'kill $!; python -c "from i2i_dist import supervise; supervise.report(1)"; exit 1' USR1
+sleep 600 & {STARTED}; wait
+"""
+
+
+@pytest.mark.parametrize(
+    ("srun", "numbers", "code", "requeued"),
+    [
+        (SLEEPS, [signal.SIGUSR1, signal.SIGUSR1], 75, 1),
+        (SLEEPS, [signal.SIGTERM], 75, 0),
+        (FAILS, [signal.SIGUSR1], 1, 1),
+    ],
+    ids=["time is up", "cancelled", "time is up and a rank fails"],
+)
 def test_a_job_is_queued_again_once_when_its_time_is_up_and_never_when_cancelled(
-    tmp_path: Path, numbers: list[signal.Signals], requeued: int
+    dclgan: Path, tmp_path: Path, srun: str, numbers: list[signal.Signals], code: int, requeued: int
 ) -> None:
-    """With a srun that trains nothing."""
-    (tmp_path / "srun").write_text(f"#!/bin/sh\ntouch {tmp_path / 'there'}\nexec sleep 600\n")
-    (tmp_path / "srun").chmod(0o755)
-    environment = slurm_environment(tmp_path)
-    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
-    process = launch(["bash", SCRIPT], tmp_path / "console", environment)
+    environment = with_srun(tmp_path, srun)
+    process = launch(["bash", SCRIPT, "--config", str(dclgan)], tmp_path / "console", environment)
     while not (tmp_path / "there").exists():
         assert process.poll() is None, process.text
         time.sleep(0.01)
     for number in numbers:
         process.signal(number)
-    assert process.wait() == 75, process.text
+    assert process.wait() == code, process.text
     told = (tmp_path / "slurm").read_text() if (tmp_path / "slurm").exists() else ""
     assert told == f"scontrol requeue {environment['SLURM_JOB_ID']}\n" * requeued
+
+
+@pytest.mark.parametrize("words", [["--set", "train.seed=x"], ["--seeds"]])
+def test_a_mistake_ends_the_job_before_its_first_step(dclgan: Path, tmp_path: Path, words: list[str]) -> None:
+    environment = with_srun(tmp_path, STARTED)
+    process = launch(["bash", SCRIPT, "--config", str(dclgan), *words], tmp_path / "console", environment)
+    assert process.wait() == 2, process.text
+    assert words[-1].partition("=")[0] in process.text
+    assert not (tmp_path / "there").exists()
 
 
 def last_time(text: str, log: str) -> float:
