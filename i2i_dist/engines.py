@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -130,20 +130,24 @@ def check(asked: Asked) -> None:
         raise ConfigError(problem)
 
 
-def device_of(ranks: Ranks) -> torch.device:
-    """Return the device that this rank trains on: the GPU of its local rank, or the only one that it can see.
+def device_of(ranks: Ranks, environment: Mapping[str, str]) -> torch.device:
+    """Return the device that this rank trains on: the GPU of its local rank, or its own where it is shown no other.
+
+    Each rank is shown its own by `srun --gpus-per-task=1`, or by a script that sets CUDA_VISIBLE_DEVICES to LOCAL_RANK.
 
     Raises:
         ConfigError: There are fewer GPUs than ranks on this machine.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 1:  # srun --gpus-per-task=1 shows each rank its own
+    visible, own = torch.cuda.device_count(), str(ranks.local_rank)
+    # With torchrun inside of a SLURM job SLURM_LOCALID is the launcher's.
+    if visible == 1 and own in (environment.get("SLURM_LOCALID"), environment.get("CUDA_VISIBLE_DEVICES")):
         return torch.device("cuda", 0)
     if ranks.local_rank >= visible:
         raise ConfigError(
-            f"{ranks.local_world} ranks on this machine, but {visible} GPUs; start at most one rank for each GPU"
+            f"{ranks.local_world} ranks on this machine, but GPUs to be seen: {visible}; start at most one rank for "
+            "each GPU"
         )
     return torch.device("cuda", ranks.local_rank)
 
@@ -164,9 +168,10 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
 def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
     """Join the process group and return this rank's device. Call once per process, before any engine is built."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    device = device_of(ranks)
+    device = device_of(ranks, os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the device, in several places
     else:
         _keep_freed_memory()
         # Inference only, yet compiled at every first start on a CPU.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import socket
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from i2i_dist import assembly, engines, replicas
 from i2i_dist.checkpoint import directory_name
 from i2i_dist.config import ConfigError, DataConfig, RunConfig, TrainConfig
-from i2i_dist.distributed import barrier, rank_and_world
+from i2i_dist.distributed import Ranks, barrier, rank_and_world
 from i2i_dist.engine_state import capture, persistent_buffers
 from i2i_dist.engines import Asked, Layout, Precision, SideEngine, met_not_finite, repeated_blocks
 from i2i_dist.method import SIDES, ParameterGroup, Side
@@ -689,3 +690,46 @@ def test_a_batch_that_cuts_groups_apart_is_refused() -> None:
 
 def test_every_method_is_in_the_matrix() -> None:
     assert CASES.keys() == METHODS.keys()
+
+
+# --------------------------------------------------------------------------------------- what only GPUs decide
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    """Have torch say that there are this many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_a_rank_trains_on_the_gpu_of_its_local_rank_or_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Ranks(1, 2, 1, 2)
+    shown(monkeypatch, 0)
+    assert engines.device_of(second, {}) == torch.device("cpu")
+    shown(monkeypatch, 2)
+    for environment in ({}, {"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_LOCALID": "1"}):
+        assert engines.device_of(second, environment) == torch.device("cuda", 1)
+    shown(monkeypatch, 1)
+    for environment in ({"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}):
+        assert engines.device_of(second, environment) == torch.device("cuda", 0)
+    assert engines.device_of(Ranks(3, 4, 0, 1), {}) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0"}, {"SLURM_LOCALID": "0"}])
+def test_two_ranks_on_the_only_gpu_are_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torchrun starts them inside of a SLURM job too, whose task is not the rank."""
+    shown(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="2 ranks on this machine, but GPUs to be seen: 1;"):
+        engines.device_of(Ranks(1, 2, 1, 2), environment)
+
+
+def test_deepspeed_is_told_the_device_and_waits_no_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: this stands in for the process group, and keeps what it would have been told."""
+    told: dict[str, str] = {}
+    shown(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: told.update(os.environ))
+    monkeypatch.setattr(engines.deepspeed_groups, "_WORLD_GROUP", None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks, timeout: None)
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1", "SLURM_LOCALID": "1"})
+    assert engines.start(Ranks(1, 2, 1, 2), 60) == torch.device("cuda", 0)
+    assert told["LOCAL_RANK"] == "0"
