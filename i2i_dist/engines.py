@@ -158,7 +158,7 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     Raises:
         ValueError: bf16 is asked of a GPU that has none.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and device.type == "cuda" and not has_bf16:
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"train.precision: given 'bf16', but {name} has no bf16; allowed here is 'fp32' or 'auto'")
@@ -176,6 +176,9 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
         _keep_freed_memory()
         # Inference only, yet compiled at every first start on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # After a timeout NCCL's watchdog sleeps four times as long before it ends the process, by default 4 x 15 s, for a
+    # dump of its records that nobody has asked for.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "250")
     timeout = timedelta(seconds=timeout_seconds)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -209,23 +212,28 @@ def stop() -> None:
 
 
 class _Watch:
-    """Notices a loss or gradient that is not finite, before any reduction hides whose it was."""
+    """Notices a loss or gradient that is not finite, before any reduction hides whose it was.
+
+    As such a gradient counts one whose values lie further apart than the largest number.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.bad = torch.zeros((), device=device)
+        self._zero = torch.zeros((), device=device)  # until it has met one, and NaN from then on
         for parameter in module.parameters():
             parameter.register_hook(self._look)
 
     def _look(self, value: Tensor) -> None:
-        low, high = torch.aminmax(value)  # hands NaN on, and makes no copy of the gradient as isfinite(value) does
-        self.bad += 1.0 - torch.isfinite(high - low).float()
+        low, high = torch.aminmax(value.detach())  # hands NaN on, and makes no copy of the gradient as isfinite does
+        # 0 x infinity is NaN too. Every further operator here is a launch for each parameter and backward.
+        self._zero.add_(high - low, alpha=0)
 
-    def loss(self, loss: Tensor) -> None:
-        self._look(loss.detach())
+    loss = _look
 
     def take(self) -> Tensor:
-        bad, self.bad = self.bad, torch.zeros_like(self.bad)
-        return bad
+        """Return 1 if it has met one since the last call, else 0, on the device."""
+        met = self._zero.isnan().float()
+        self._zero.zero_()
+        return met
 
 
 class _SideOptimizer:
@@ -378,6 +386,7 @@ def _deepspeed_config(layout: Layout, bucket: int, *, pinned: bool) -> dict[str,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": layout.clipping,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
         "zero_allow_untested_optimizer": True,
         # An offloaded step is torch's own fused Adam; DeepSpeed's for CPUs would be compiled first.
         "zero_force_ds_cpu_optimizer": False,
