@@ -7,7 +7,7 @@ What decides the shape of this file; tests/test_engines.py holds the result agai
 * In the generator's turn the discriminator is its plain module, frozen: its engine would record the pass as its own.
 * Every backward needs its own call of the engine since the backward before, or ZeRO 3 overwrites a micro-batch.
 * `gradient_clipping` is always written: DeepSpeed clips at 1.0 where a configuration says nothing.
-* DeepSpeed does not broadcast buffers, and its gradient collectives do not follow the timeout of `init_distributed`.
+* DeepSpeed does not broadcast buffers, and makes a process group of its own for gradients, unless it is given one.
 """
 
 from __future__ import annotations
@@ -176,19 +176,18 @@ def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
         _keep_freed_memory()
         # Inference only, yet compiled at every first start on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # After a timeout NCCL's watchdog sleeps four times as long before it ends the process, by default 4 x 15 s, for a
-    # dump of its records that nobody has asked for.
+    # Between a timeout and the end of the process NCCL's watchdog sleeps 4 times this, for a dump: by default 60 s.
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "250")
-    timeout = timedelta(seconds=timeout_seconds)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_seconds),
         rank=ranks.rank,
         world_size=ranks.world,
     )
-    deepspeed_groups._WORLD_GROUP = torch.distributed.new_group(list(range(ranks.world)), timeout=timeout)
+    # Of two communicators NCCL would not keep the order, and DeepSpeed's own would have another timeout.
+    deepspeed_groups._WORLD_GROUP = torch.distributed.group.WORLD
     return device
 
 

@@ -735,7 +735,6 @@ def test_deepspeed_is_told_the_device_and_waits_no_longer_than_asked(monkeypatch
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: told.update(os.environ))
     monkeypatch.setattr(engines.deepspeed_groups, "_WORLD_GROUP", None)
-    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks, timeout: None)
     monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1", "SLURM_LOCALID": "1"})
     assert engines.start(Ranks(1, 2, 1, 2), 60) == torch.device("cuda", 0)
     assert told["LOCAL_RANK"] == "0"
