@@ -7,7 +7,7 @@ What decides the shape of this file; tests/test_engines.py holds the result agai
 * In the generator's turn the discriminator is its plain module, frozen: its engine would record the pass as its own.
 * Every backward needs its own call of the engine since the backward before, or ZeRO 3 overwrites a micro-batch.
 * `gradient_clipping` is always written: DeepSpeed clips at 1.0 where a configuration says nothing.
-* DeepSpeed does not broadcast buffers, and its gradient collectives do not follow the timeout of `init_distributed`.
+* DeepSpeed does not broadcast buffers, and makes a process group of its own for gradients, unless it is given one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -130,20 +130,24 @@ def check(asked: Asked) -> None:
         raise ConfigError(problem)
 
 
-def device_of(ranks: Ranks) -> torch.device:
-    """Return the device that this rank trains on: the GPU of its local rank, or the only one that it can see.
+def device_of(ranks: Ranks, environment: Mapping[str, str]) -> torch.device:
+    """Return the device that this rank trains on: the GPU of its local rank, or its own where it is shown no other.
+
+    Each rank is shown its own by `srun --gpus-per-task=1`, or by a script that sets CUDA_VISIBLE_DEVICES to LOCAL_RANK.
 
     Raises:
         ConfigError: There are fewer GPUs than ranks on this machine.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 1:  # srun --gpus-per-task=1 shows each rank its own
+    visible, own = torch.cuda.device_count(), str(ranks.local_rank)
+    # With torchrun inside of a SLURM job SLURM_LOCALID is the launcher's.
+    if visible == 1 and own in (environment.get("SLURM_LOCALID"), environment.get("CUDA_VISIBLE_DEVICES")):
         return torch.device("cuda", 0)
     if ranks.local_rank >= visible:
         raise ConfigError(
-            f"{ranks.local_world} ranks on this machine, but {visible} GPUs; start at most one rank for each GPU"
+            f"{ranks.local_world} ranks on this machine, but GPUs to be seen: {visible}; start at most one rank for "
+            "each GPU"
         )
     return torch.device("cuda", ranks.local_rank)
 
@@ -154,7 +158,7 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
     Raises:
         ValueError: bf16 is asked of a GPU that has none.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and device.type == "cuda" and not has_bf16:
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"train.precision: given 'bf16', but {name} has no bf16; allowed here is 'fp32' or 'auto'")
@@ -164,23 +168,26 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
 def start(ranks: Ranks, timeout_seconds: int) -> torch.device:
     """Join the process group and return this rank's device. Call once per process, before any engine is built."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    device = device_of(ranks)
+    device = device_of(ranks, os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the device, in several places
     else:
         _keep_freed_memory()
         # Inference only, yet compiled at every first start on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = timedelta(seconds=timeout_seconds)
+    # Between a timeout and the end of the process NCCL's watchdog sleeps 4 times this, for a dump: by default 60 s.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "250")
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_seconds),
         rank=ranks.rank,
         world_size=ranks.world,
     )
-    deepspeed_groups._WORLD_GROUP = torch.distributed.new_group(list(range(ranks.world)), timeout=timeout)
+    # Of two communicators NCCL would not keep the order, and DeepSpeed's own would have another timeout.
+    deepspeed_groups._WORLD_GROUP = torch.distributed.group.WORLD
     return device
 
 
@@ -204,23 +211,28 @@ def stop() -> None:
 
 
 class _Watch:
-    """Notices a loss or gradient that is not finite, before any reduction hides whose it was."""
+    """Notices a loss or gradient that is not finite, before any reduction hides whose it was.
+
+    As such a gradient counts one whose values lie further apart than the largest number.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.bad = torch.zeros((), device=device)
+        self._zero = torch.zeros((), device=device)  # until it has met one, and NaN from then on
         for parameter in module.parameters():
             parameter.register_hook(self._look)
 
     def _look(self, value: Tensor) -> None:
-        low, high = torch.aminmax(value)  # hands NaN on, and makes no copy of the gradient as isfinite(value) does
-        self.bad += 1.0 - torch.isfinite(high - low).float()
+        low, high = torch.aminmax(value.detach())  # hands NaN on, and makes no copy of the gradient as isfinite does
+        # 0 x infinity is NaN too. Every further operator here is a launch for each parameter and backward.
+        self._zero.add_(high - low, alpha=0)
 
-    def loss(self, loss: Tensor) -> None:
-        self._look(loss.detach())
+    loss = _look
 
     def take(self) -> Tensor:
-        bad, self.bad = self.bad, torch.zeros_like(self.bad)
-        return bad
+        """Return 1 if it has met one since the last call, else 0, on the device."""
+        met = self._zero.isnan().float()
+        self._zero.zero_()
+        return met
 
 
 class _SideOptimizer:
@@ -373,6 +385,7 @@ def _deepspeed_config(layout: Layout, bucket: int, *, pinned: bool) -> dict[str,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": layout.clipping,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
         "zero_allow_untested_optimizer": True,
         # An offloaded step is torch's own fused Adam; DeepSpeed's for CPUs would be compiled first.
         "zero_force_ds_cpu_optimizer": False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import socket
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from i2i_dist import assembly, engines, replicas
 from i2i_dist.checkpoint import directory_name
 from i2i_dist.config import ConfigError, DataConfig, RunConfig, TrainConfig
-from i2i_dist.distributed import barrier, rank_and_world
+from i2i_dist.distributed import Ranks, barrier, rank_and_world
 from i2i_dist.engine_state import capture, persistent_buffers
 from i2i_dist.engines import Asked, Layout, Precision, SideEngine, met_not_finite, repeated_blocks
 from i2i_dist.method import SIDES, ParameterGroup, Side
@@ -34,6 +35,7 @@ from i2i_dist.step import Sides, update
 from tests.methods.cases import CASES
 from tests.methods.cases.common import SEED
 from tests.methods.plain_side import clip, plain_sides
+from tests.needs import DEVICES
 from tests.ranks import run_ranks
 from tests.trainer import Trainer, differing
 from tests.updates import ExactForward, global_batch, in_fp32, micro_batches, part_of, small_method, whole_batch
@@ -310,6 +312,7 @@ def what_deepspeed_does() -> dict[str, Any]:
         "clipping where a configuration is silent": silent_engine.gradient_clipping(),
         "buffer": module.memory.tolist(),
         "buffer where nobody broadcasts": silent.memory.tolist(),
+        "timer": side.engine.tput_timer.config.enabled,
         "timeout": reduction_group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
         "rates": [side.set_learning_rate(factor) for factor in (1.0, 0.5, 0.0)],
     }
@@ -660,6 +663,10 @@ def test_gradient_collectives_follow_the_timeout(results: dict[Any, Any]) -> Non
     assert results["deepspeed"]["timeout"] == 60  # what tests/ranks.py starts with; DeepSpeed's own group has 1800
 
 
+def test_deepspeed_does_not_wait_for_the_device_to_take_the_time(results: dict[Any, Any]) -> None:
+    assert results["deepspeed"]["timer"] is False
+
+
 def test_learning_rates_follow_the_factor_but_for_their_constant_share(results: dict[Any, Any]) -> None:
     rates = results["deepspeed"]["rates"]
     assert [rate["falling"] for rate in rates] == pytest.approx([0.1, 0.05, 0.0])
@@ -689,3 +696,84 @@ def test_a_batch_that_cuts_groups_apart_is_refused() -> None:
 
 def test_every_method_is_in_the_matrix() -> None:
     assert CASES.keys() == METHODS.keys()
+
+
+# --------------------------------------------------------------------------------------- what only GPUs decide
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    """Have torch say that there are this many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_a_rank_trains_on_the_gpu_of_its_local_rank_or_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Ranks(1, 2, 1, 2)
+    shown(monkeypatch, 0)
+    assert engines.device_of(second, {}) == torch.device("cpu")
+    shown(monkeypatch, 2)
+    for environment in ({}, {"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_LOCALID": "1"}):
+        assert engines.device_of(second, environment) == torch.device("cuda", 1)
+    shown(monkeypatch, 1)
+    for environment in ({"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}):
+        assert engines.device_of(second, environment) == torch.device("cuda", 0)
+    assert engines.device_of(Ranks(3, 4, 0, 1), {}) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "0"}, {"SLURM_LOCALID": "0"}])
+def test_two_ranks_on_the_only_gpu_are_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torchrun starts them inside of a SLURM job too, whose task is not the rank."""
+    shown(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="2 ranks on this machine, but GPUs to be seen: 1;"):
+        engines.device_of(Ranks(1, 2, 1, 2), environment)
+
+
+def test_deepspeed_is_told_the_device_and_waits_no_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: this stands in for the process group, and keeps what it would have been told."""
+    told: dict[str, str] = {}
+    shown(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: told.update(os.environ))
+    monkeypatch.setattr(engines.deepspeed_groups, "_WORLD_GROUP", None)
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1", "SLURM_LOCALID": "1"})
+    assert engines.start(Ranks(1, 2, 1, 2), 60) == torch.device("cuda", 0)
+    assert told["LOCAL_RANK"] == "0"
+    assert 4 * int(told["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) <= 1000
+
+
+def test_a_gpu_that_emulates_bf16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all before Ampere do, in many times the time of fp32."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert engines.resolve_precision("auto", device) == engines.resolve_precision("fp32", device) == "fp32"
+    with pytest.raises(ValueError, match="Tesla V100 has no bf16"):
+        engines.resolve_precision("bf16", device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert engines.resolve_precision("auto", device) == engines.resolve_precision("bf16", device) == "bf16"
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [1.0, math.inf], [-math.inf, 1.0], [3e38, -3e38]])
+def test_a_gradient_that_is_not_finite_is_noticed_once(values: list[float], name: str) -> None:
+    """Also one whose values are further apart than fp32 goes; one as large, but on one side of zero, is finite."""
+    module = torch.nn.Linear(2, 1, bias=False).to(name)
+    watch = engines._Watch(module, torch.device(name))
+
+    def met(gradient: list[float]) -> list[float]:
+        """What is said after gradients on both sides of this one, and when asked again."""
+        for one in ([1.0, -1.0], gradient, [0.0, -0.0]):
+            module(torch.tensor([one], device=name)).sum().backward()
+        return [float(watch.take()), float(watch.take())]
+
+    assert met([3e38, 1e38]) == met([-3e38, -1e38]) == [0.0, 0.0]
+    assert met(values) == [1.0, 0.0]
+    assert met([1.0, 2.0]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_loss_that_is_not_finite_is_noticed(value: float, name: str) -> None:
+    watch = engines._Watch(torch.nn.Identity(), torch.device(name))
+    watch.loss(torch.tensor(value, device=name))
+    assert bool(watch.take()) == (not math.isfinite(value))

@@ -69,7 +69,8 @@ def _noting(log: list[Noted], kind: str, method: Callable[..., Any], device: tor
         settle(device)
         arrived, running = time.monotonic(), time.thread_time()
         work = method(*arguments, **named)
-        work.wait()
+        if work is not None:  # NCCL returns none of what is not asked for as asynchronous
+            work.wait()
         settle(device)
         size = max(map(_bytes, [*arguments, *named.values()]))
         log.append(Noted(kind, size, arrived, time.monotonic(), time.thread_time() - running))

@@ -59,7 +59,8 @@ class Done(NamedTuple):
         seconds: Of each update, with nothing between its parts.
         noted: The collectives of each update that was taken apart.
         apart: Seconds of each of these.
-        on_a_core: Seconds in each of these that this rank's thread was computing outside of collectives; on a GPU none.
+        on_a_core: Seconds in each of these that this rank's thread was computing outside of collectives; with a GPU, of
+            which each rank has one, all that are outside.
     """
 
     seconds: list[float]
@@ -135,13 +136,20 @@ def _do(job: Job, world: int, device: torch.device) -> Done:
             taken = updates.take()
         done.noted.append(log)
         done.apart.append(taken.seconds)
-        done.on_a_core.append(taken.on_a_core - sum(one.on_a_core for one in log))
+        done.on_a_core.append(_on_a_core(taken, log, device))
     return done
 
 
 class _Taken(NamedTuple):
     seconds: float
     on_a_core: float
+
+
+def _on_a_core(taken: _Taken, log: Sequence[Noted], device: torch.device) -> float:
+    """Return what `Done.on_a_core` is of an update and its collectives."""
+    if device.type == "cuda":  # the thread only tells the GPU what to do, and in the backward pass another one does
+        return taken.seconds - sum(one.left - one.arrived for one in log)
+    return taken.on_a_core - sum(one.on_a_core for one in log)
 
 
 class _Updates:

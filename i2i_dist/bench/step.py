@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = Size(options.size, options.batch, options.width)
     forms = [Form("ours", method=options.method), Form("eager", method=options.method)]
-    if device == "cuda" and torch.cuda.is_bf16_supported():
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         forms.append(Form("ours", "bf16", options.method))
     contestants = [_Contestant(form, size, device, options.step_limit) for form in forms]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,12 +26,21 @@ def classification(logits: Tensor, labels: Tensor, choices: Sequence[Sequence[in
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     true = labels.to(exact.dtype)
-    terms = [F.cross_entropy(exact[:, places], true[:, places].argmax(1)) for places in map(list, choices)]
+    terms = []
+    for choice in choices:
+        places = _places(tuple(choice), exact.device)
+        terms.append(F.cross_entropy(exact[:, places], true[:, places].argmax(1)))
     if free:
-        places = list(free)
+        places = _places(tuple(free), exact.device)
         summed = F.binary_cross_entropy_with_logits(exact[:, places], true[:, places], reduction="sum")
         terms.append(summed / len(exact))
     return torch.stack(terms).sum()
+
+
+@functools.cache
+def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return an index that lies on the device: a list would be copied there, with a wait, each time it is used."""
+    return torch.tensor(places, device=device)
 
 
 def match_pairs(classes: int, images: int) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ def draw_patches(draws: Draws, purpose: str, layers: Sequence[str], taps: Sequen
         count: How many; a layer with fewer locations has all of them drawn.
     """
     return [
-        draws.patch_ids(f"{purpose}.{layer}", tap[0, 0].numel(), count).to(tap.device)
+        draws.patch_ids(f"{purpose}.{layer}", tap[0, 0].numel(), count).to(tap.device, non_blocking=True)
         for layer, tap in zip(layers, taps, strict=True)
     ]
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from i2i_dist.bench import cost_model, scaling, scaling_page, update_counts
+from i2i_dist.bench import collectives, cost_model, scaling, scaling_page, update_counts
 from i2i_dist.bench.collectives import Noted, shares
 from i2i_dist.bench.cost_model import FAST, GPUS, SLOW, Call, Link, predict, predict_here, sent, traffic
 from i2i_dist.bench.report import DOCS
-from i2i_dist.bench.scaling_rank import Report
+from i2i_dist.bench.scaling_rank import Done, Report, _on_a_core, _Taken
 from i2i_dist.bench.scaling_tables import caveats, largest_batch, strong_cells
 from i2i_dist.bench.update_counts import Counts, count, sketch
 from i2i_dist.method import Side
@@ -184,6 +184,23 @@ def test_waiting_ends_when_the_last_rank_comes() -> None:
     assert (second.waiting, second.communicating) == (0.0, 1.5)
     with pytest.raises(ValueError, match="of other kinds"):
         shares([one, two[:1]])
+
+
+def test_a_collective_may_end_before_its_method_returns() -> None:
+    """As NCCL's do that are not asynchronous: there is nothing to wait for."""
+    log: list[Noted] = []
+    call = collectives._noting(log, "all_reduce", lambda *_, **__: None, torch.device("cpu"))
+    assert call([torch.ones(3), torch.ones(2)], None, timeout=1) is None
+    assert [(one.kind, one.bytes) for one in log] == [("all_reduce", 4 * 5)] and log[0].left >= log[0].arrived
+
+
+def test_outside_of_collectives_a_gpu_is_computing_all_the_time() -> None:
+    """And nothing is said to have been without a processor, whatever the thread did that drives it."""
+    log, taken = [Noted("all_reduce", 4, 1.0, 4.0, 0.1), Noted("broadcast", 4, 5.0, 5.5, 0.1)], _Taken(10.0, 2.0)
+    found = {name: _on_a_core(taken, log, torch.device(name)) for name in ("cpu", "cuda")}
+    assert found == pytest.approx({"cpu": 1.8, "cuda": 6.5})
+    parts = scaling._parts(0, [Done([], [log], [taken.seconds], [found["cuda"]])])
+    assert parts["computing"] == pytest.approx(6.5) and parts["without a processor"] == pytest.approx(0.0)
 
 
 def test_ranks_beyond_the_processors_share_them() -> None:

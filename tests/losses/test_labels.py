@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from i2i_dist.losses.labels import classification, match_loss, match_pairs
+from i2i_dist.losses.labels import _places, classification, match_loss, match_pairs
 
 LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 3
 LABELS = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 1, 0, 1], [0, 1, 0, 0, 0]]).repeat(2, 1).float()
@@ -30,6 +30,18 @@ def test_places_may_be_apart() -> None:
     back = [order.index(place) for place in range(5)]
     mixed = classification(LOGITS[:, back], LABELS[:, back], [[order[0], order[1], order[2]]], [order[3], order[4]])
     torch.testing.assert_close(mixed, classification(LOGITS, LABELS, [[0, 1, 2]], [3, 4]))
+
+
+def test_an_index_is_made_once_for_each_device() -> None:
+    """And is the one that a list makes, to the last bit of gradients."""
+    found, plain = (LOGITS.clone().requires_grad_() for _ in range(2))
+    for _ in range(2):
+        classification(found, LABELS, [[0, 3, 1]], [4, 2]).backward()
+        exact = F.cross_entropy(plain[:, [0, 3, 1]], LABELS[:, [0, 3, 1]].argmax(1))
+        summed = F.binary_cross_entropy_with_logits(plain[:, [4, 2]], LABELS[:, [4, 2]], reduction="sum")
+        torch.stack([exact, summed / 6]).sum().backward()
+    assert torch.equal(found.grad, plain.grad)
+    assert _places((4, 2), LOGITS.device) is _places((4, 2), LOGITS.device)
 
 
 def test_they_are_computed_in_fp32() -> None:

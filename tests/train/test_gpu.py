@@ -44,12 +44,13 @@ def whole(dclgan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_and_resumed_sees_the_same(whole: Path, dclgan: Path, tmp_path: Path) -> None:
+    """Also the same as without processes that read, from whose memory pictures are copied to the GPU without a wait."""
     run = tmp_path / "killed"
-    killed = started(dclgan, run)
+    killed = started(dclgan, run, data__workers=2)
     killed.wait_for("Saved ")
     killed.signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    resumed = started(dclgan, run)
+    resumed = started(dclgan, run, data__workers=2)
     assert resumed.wait() == 0 and "resumes at image" in resumed.text, resumed.text
     assert checkpoints(run) == checkpoints(whole)
     for found, expected in zip(losses(run), losses(whole), strict=True):
