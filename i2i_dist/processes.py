@@ -1,4 +1,4 @@
-"""Which process started which, read from Linux's /proc."""
+"""Which process started which and when, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from pathlib import Path
 
 def parent_of(pid: int) -> int:
     """Return the id of the process that a process belongs to; 0 where there is none."""
+    return _number(pid, 4)
+
+
+def begin_of(pid: int) -> int:
+    """Return when a process was started, in ticks since the machine was; 0 where there is none."""
+    return _number(pid, 22)
+
+
+def _number(pid: int, field: int) -> int:
+    """Return a number of /proc/PID/stat, counted from 1 as in proc(5); 0 where there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:  # it has ended
         return 0
-    return int(text.rpartition(")")[2].split()[1])  # the name before it may hold anything, brackets too
+    return int(text.rpartition(")")[2].split()[field - 3])  # the name, field 2, may hold anything, brackets too
 
 
 def descendants_of(pid: int) -> set[int]:

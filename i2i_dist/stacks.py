@@ -36,13 +36,14 @@ def leaving() -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-def write(error: BaseException, sentence: str) -> bool:
-    """Write what has ended this rank: a sentence, the error's traceback, all threads; return False without a log."""
+def write(error: BaseException | None, sentence: str) -> bool:
+    """Write what ends this rank: a sentence, the traceback of an error, all threads; return False without a log."""
     if _log is None:
         return False
     try:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {sentence}", file=_log)
-        traceback.print_exception(error, file=_log)
+        if error is not None:
+            traceback.print_exception(error, file=_log)
         print("All threads:", file=_log, flush=True)
         faulthandler.dump_traceback(_log, all_threads=True)
     except OSError:  # a full disk must not hide the sentence on the console

@@ -22,6 +22,7 @@ from i2i_dist.command_line import parse, resume_command
 from i2i_dist.config import ConfigError
 from i2i_dist.distributed import Ranks, adopt_environment, barrier, from_first_rank
 from i2i_dist.exit_codes import DONE, FAILED, MISCONFIGURED, STOPPED
+from i2i_dist.lifeline import Lifeline
 from i2i_dist.loop import TrainingError, loop
 from i2i_dist.methods import resolve
 from i2i_dist.reporter import Reporter
@@ -87,6 +88,7 @@ def _train(
     if not stop.registered:
         _log.warning("The supervisor above this rank cannot be told of it: it will hand no signal on to this rank.")
     stacks.write_to(log_path(ranks.rank, settings.directory), settings.config.engine.timeout_seconds)
+    lifeline = Lifeline(ranks)
     logging.raiseExceptions = False  # a full disk must not answer each line of the log with a traceback
     if options.deepspeed_config and ranks.rank == 0:
         _log.warning("--deepspeed_config has no effect: the engines are set by the configuration's section 'engine'.")
@@ -112,6 +114,7 @@ def _train(
         seen = max(run.target, run.start.images_seen)
         _log.info("Done: %d images seen. Run directory: %s", seen, settings.directory)
     stacks.leaving()
+    lifeline.cut()
     barrier()  # launchers kill what is left soon after the first rank has ended
     engines.stop()
     if held is not None:

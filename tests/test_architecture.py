@@ -16,7 +16,7 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), ROOT
 TIERS = [
     {"draws", "distributed", "exit_codes", "processes", "stacks", "pace"},
     {"supervise"},
-    {"stopping"},
+    {"stopping", "lifeline"},
     {"config"},
     {"agreement"},
     {"data"},

@@ -20,7 +20,7 @@ import torch
 from prometheus_client import generate_latest
 from torch import nn
 
-from i2i_dist import engines, loop, plan, publishing, reporter, run_directory, stopping, supervise
+from i2i_dist import engines, lifeline, loop, plan, publishing, reporter, run_directory, stopping, supervise
 from i2i_dist.data import reader
 from i2i_dist.data.batch import BadData
 from i2i_dist.ema import Ema
@@ -265,6 +265,25 @@ def error_at_update_3() -> None:
             raise KeyError("unforeseen")
 
     _before_updates(change)
+
+
+def dies_at_update_5() -> None:
+    def change(number: int, sides: Any, batches: Any) -> None:
+        if number == 5:
+            time.sleep(1.0)  # the others are to have all that update 4 exchanges
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_updates(change)
+
+
+def hears_nothing_from_update_5() -> None:
+    """What NCCL does when a rank on the same machine is gone: a collective that never ends."""
+    _before_updates(lambda number, sides, batches: time.sleep(3600) if number == 5 else None)
+
+
+def hears_nothing_on_another_machine() -> None:
+    lifeline._process_table = lambda: "another machine"
+    hears_nothing_from_update_5()
 
 
 def infinite_weight_at_update_5() -> None:

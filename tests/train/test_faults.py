@@ -388,6 +388,31 @@ def test_a_killed_rank_ends_the_others(dclgan: Path, tmp_path: Path) -> None:
         assert log.count("another rank has ended") == 1 and "in loop" in log and "All threads:" in log
 
 
+@pytest.mark.parametrize(
+    "dead, elsewhere", [(1, ()), (1, (2,)), (0, (1, 2))], ids=["one machine", "two machines", "the store's machine"]
+)
+def test_a_dead_rank_ends_those_whose_collectives_never_end(
+    dclgan: Path, tmp_path: Path, dead: int, elsewhere: tuple[int, ...]
+) -> None:
+    hooks = ["hears_nothing_on_another_machine" if r in elsewhere else "hears_nothing_from_update_5" for r in range(3)]
+    hooks[dead] = "dies_at_update_5"
+    words = ["--config", str(dclgan), *THREE_RANKS, "--run", str(tmp_path / "run")]
+    ranks = start_ranks(3, words, tmp_path / "log", hooks)
+    assert ranks[dead].wait() == -signal.SIGKILL
+    begun = time.monotonic()
+    others = [rank for rank in range(3) if rank != dead]
+    assert [ranks[rank].wait(patience=15) for rank in others] == [1, 1]
+    print(f"a dead rank of which nothing is heard: the others had ended after {time.monotonic() - begun:.1f} s")
+    for rank in others:
+        sentence = f"rank {rank}: rank {dead} on {socket.gethostname()} has ended, and this one cannot go on alone"
+        (line,) = [line for line in ranks[rank].text.splitlines() if "train.py:" in line]
+        assert sentence in line
+        log = log_of(tmp_path / "run", rank)
+        assert log.index(sentence) < log.index("All threads:") < log.index("hooks.py") and "in loop" in log
+    alone = re.findall(r"has no pidfd: ([^.]*)\. If one dies", ranks[0].text)
+    assert alone == {(): [], (2,): ["2"], (1, 2): ["0"]}[elsewhere]
+
+
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(dclgan: Path, tmp_path: Path) -> None:
     """And when it wakes up it ends as well."""
     seconds = 8
