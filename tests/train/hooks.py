@@ -120,7 +120,7 @@ def second_checkpoint_waits_for_a_signal() -> None:
         write()
 
     stopping.StopRequest._note = note
-    _in_second_share(hold)
+    _in_second_checkpoint(hold)
 
 
 def a_launcher_is_lost_at_update_5() -> None:
