@@ -96,9 +96,10 @@ class _Checkpoints:
         state = run.start._replace(images_seen=images_seen, updates=updates, scores=self._scores.take())
         self._saver.begin(state, saver.capture(run.sides, run.ema), run.pools, begun)
 
-    def stop_asked(self, stop: StopRequest) -> bool:
+    def stop_asked(self, stop: StopRequest, images_seen: int) -> bool:
         """Exchange the flags of an update: move a checkpoint on, say whether any rank is asked to stop. Collective.
 
+        A GPU has done all of the update when they are there, and not before; so this is where its time ends.
         All ranks end for the launcher that one of them has lost, and say so to their supervisors: each starts again.
 
         Raises:
@@ -106,6 +107,7 @@ class _Checkpoints:
         """
         own = [stop.asked, stop.launcher_lost, *self._saver.flags]
         asked, stop.launcher_lost, *flags = any_rank(torch.tensor(own, device=self._run.device))
+        self._reporter.meter.end(images_seen)
         self._tell(self._saver.advance(*flags))
         return asked
 
@@ -241,7 +243,7 @@ def _train(run: Run, stop: StopRequest, reporter: Reporter, checkpoints: _Checkp
         bad_in_a_row = bad_in_a_row + 1 if step.skipped else 0
         # Weights that have just met a number that is not finite may be ruined: saving and stopping wait until they
         # have passed an update, or a few saves in a row would push out the last good checkpoint.
-        stopping = checkpoints.stop_asked(stop) and not bad_in_a_row
+        stopping = checkpoints.stop_asked(stop, images_seen) and not bad_in_a_row
         if train.drift_every_updates and updates % train.drift_every_updates == 0:
             _check_replicas(run, images_seen)
         if due(output.log_every_images) or stopping:

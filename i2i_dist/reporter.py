@@ -74,7 +74,6 @@ class Reporter:
         for name, loss in step.losses.items():
             total, updates = self._losses.get(name, (torch.zeros_like(loss), 0))
             self._losses[name] = (total + loss, updates + 1)
-        self.meter.end(images_seen)
         self.pace.end(step.ready)
         if not step.skipped:
             self._collapse.note(number, batch, step.heard)

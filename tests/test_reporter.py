@@ -70,6 +70,7 @@ def run_through(one: Reporter, method: Any) -> None:
         one.begin()
         losses = {"gan": torch.tensor(float(number)), "cycle": torch.tensor(2.0)}
         one.note(Step(losses, (), (), Listener(()), moment(torch.device("cpu"))), number - 1, number, NO_BATCH)
+        one.meter.end(number)
         one.write()
 
 
