@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,17 @@ def numbers(path: Path) -> Any:
 
 def distance(one: Path, other: Path) -> float:
     """Return the largest difference of any parameter, moment, average or buffer."""
-    worst = 0.0
+    differences: list[Tensor] = []
     for side in SIDES:
         ours, theirs = load_file(one / f"{side}.safetensors"), load_file(other / f"{side}.safetensors")
         assert ours.keys() == theirs.keys()
-        worst = max(worst, *(float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours))
-    return worst
+        differences += [ours[key].double() - theirs[key].double() for key in ours]
+    return largest(differences)
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """Return the largest magnitude; NaN if there is one, which Python's max would lose."""
+    return float(torch.stack([tensor.detach().abs().max() for tensor in tensors]).max())
 
 
 def wait_for(path: Path) -> None:
@@ -280,7 +285,7 @@ def average_switched_on(root: Path) -> dict[str, Any]:
         replica = Counting(0, seed=3).method.generator if rank == 0 else (Counting(0, seed=3) and None)
         ema.load_into(replica)
         if replica is not None:
-            found[name] = max(float((p - stored[f"param/{key}"]).abs().max()) for key, p in replica.named_parameters())
+            found[name] = largest(p - stored[f"param/{key}"] for key, p in replica.named_parameters())
     return found
 
 
@@ -426,11 +431,11 @@ def test_the_runs_above_could_have_told(results: dict[Any, Any], root: Path) -> 
     emptied = saved(root, 2, 0, "emptied") / AFTER_NAME
     assert distance(before, after) > 1e-3
     ours, theirs = (load_file(path / "discriminator.safetensors") for path in (after, emptied))
-    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) > 1e-4
+    assert largest(ours[key] - theirs[key] for key in ours) > 1e-4
     stored = load_file(before / "generator.safetensors")
     averages = {key: value for key, value in stored.items() if key.startswith("ema/")}
     assert len(averages) == sum(key.startswith("param/") for key in stored) > 10
-    assert max(float((value - stored[f"param/{key[4:]}"]).abs().max()) for key, value in averages.items()) > 1e-4
+    assert largest(value - stored[f"param/{key[4:]}"] for key, value in averages.items()) > 1e-4
     assert len(load_file(before / "pool_rank_0001.safetensors")["fake_a"]) == POOL
 
 

@@ -34,7 +34,7 @@ from i2i_dist.pool import ImagePools
 from i2i_dist.step import Sides, update
 from tests.methods.cases import CASES
 from tests.methods.cases.common import SEED
-from tests.methods.plain_side import clip, plain_sides
+from tests.methods.plain_side import ADAM, clip, plain_sides
 from tests.needs import DEVICES
 from tests.ranks import run_ranks
 from tests.trainer import Trainer, differing
@@ -44,7 +44,7 @@ STEPS, BAD = 3, 1  # the update BAD may meet a NaN
 STAGES = range(4)
 PRECISIONS: tuple[Precision, Precision] = ("fp32", "bf16")
 OPTIONS = ("accumulation", "clipped", "offload", "recomputed")
-PATIENCE = 600  # seconds for the whole matrix on a busy machine
+PATIENCE = 900  # seconds for the whole matrix on a busy machine
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 
 pytestmark = pytest.mark.timeout(PATIENCE)
@@ -119,14 +119,17 @@ NAN_MATRIX = [  # method, stage, micro-batches, optimizers offloaded
     for index, name in enumerate(first_of_each_order())
     for stage in STAGES
 ]
-LATE_NAN_MATRIX = [(0, 1, False), (0, 2, False), (2, 1, True), (3, 2, False)]
+LATE_NAN_MATRIX = [  # what is NaN, stage, micro-batches, optimizers offloaded
+    ("loss", 0, 1, False), ("loss", 0, 2, False), ("loss", 2, 1, True), ("loss", 3, 2, False),
+    ("gradients", 0, 2, False), ("gradients", 1, 1, True), ("gradients", 2, 2, False), ("gradients", 3, 1, True),
+]  # fmt: skip
 
 
 class Trained(NamedTuple):
     """What came of a loop.
 
     Attributes:
-        gradients: Of each parameter, in its first update; of Adam a tenth of them.
+        gradients: Of each parameter, in its first update; of Adam the share that its first moment takes.
         parameters: At the end.
     """
 
@@ -146,8 +149,11 @@ def plain_run(
     method = small_method(name)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for side, groups in method.parameter_groups().items():
-        options = [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
-        optimizers[side] = torch.optim.Adam(options) if adam else SGD(options)
+        options: list[dict[str, Any]] = [
+            {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "betas": g.betas} for g in groups
+        ]
+        # Fused as the engines' is: the other rounds otherwise, which now and then carries a value over a kink.
+        optimizers[side] = ADAM(options) if adam else SGD(options)
         clip(optimizers[side], clipping)
     idle = torch.optim.SGD(method.generator.parameters(), lr=0.0)
     gradients: dict[str, Tensor] = {}
@@ -198,8 +204,6 @@ def engine_sides(method: Any, cell: Cell, clipping: float, adam: bool = False) -
         )  # fmt: skip
         options: dict[str, Any] = {} if adam else {"optimizer": torch.optim.SGD, "momentum": 0.9}
         groups = method.parameter_groups()[side]
-        if adam:
-            groups = [group._replace(betas=(0.9, 0.999)) for group in groups]
         sides[side] = SideEngine(getattr(method, side), groups, layout, torch.device("cpu"), **options)
     return sides
 
@@ -249,11 +253,12 @@ def engine_run(
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[key] - other[key]).abs().max()) for key in one)
+    return largest({key: one[key] - other[key] for key in one})
 
 
 def largest(tensors: dict[str, Tensor]) -> float:
-    return max(float(tensor.abs().max()) for tensor in tensors.values())
+    """Return the largest magnitude; NaN if there is one, which Python's max would lose."""
+    return float(torch.stack([tensor.abs().max() for tensor in tensors.values()]).max())
 
 
 def norm(tensors: dict[str, Tensor]) -> float:
@@ -265,18 +270,40 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return norm({key: one[key] - other[key] for key in other}) / norm(other)
 
 
+def adams_distance(name: str, ours: Trained, theirs: Trained) -> float:
+    """Return how far parameters lie apart at most, in learning rates of their group.
+
+    Adam's step has the size of its rate however small the gradient is. So elements count whose first gradient is no
+    rounding next to the largest of its tensor. Where a whole tensor's is, as that of a bias before a norm, it is also
+    far below Adam's epsilon, and nothing moves.
+    """
+    method = small_method(name)
+    differences = {}
+    for side, groups in method.parameter_groups().items():
+        rates = {parameter: group.lr for group in groups for parameter in group.parameters}
+        for key, parameter in getattr(method, side).named_parameters():
+            key = f"{side}/{key}"
+            first = theirs.gradients[key].abs()
+            steps = (ours.parameters[key] - theirs.parameters[key]) / rates[parameter]
+            differences[key] = steps * (first >= 1e-3 * first.max())
+    return largest(differences)
+
+
 def rank_1_picture_is_nan(step: int, method: Any, batches: list[Any]) -> None:
     if step == BAD and rank_and_world()[0] == 1:
         batches[-1][0][0, 0, 0, 0] = float("nan")
 
 
-def rank_1_generator_loss_is_nan(step: int, method: Any, batches: list[Any]) -> None:
-    """One term, of the update's first micro-batch only."""
+def rank_1_generator_is_nan(what: str, step: int, method: Any, batches: list[Any]) -> None:
+    """One term of the loss, or only what is sent back through it, of the update's first micro-batch only."""
 
     def poisoned(*args: Any) -> dict[str, Tensor]:
         del method.generator_loss  # uncovers the method's own
         terms: dict[str, Tensor] = method.generator_loss(*args)
-        return {**terms, "identity_a": terms["identity_a"] * float("nan")}
+        if what == "loss":
+            return {**terms, "nce_identity": terms["nce_identity"] * float("nan")}
+        terms["nce_identity"].register_hook(lambda gradient: gradient * float("nan"))
+        return terms
 
     if step == BAD and rank_and_world()[0] == 1:
         method.generator_loss = poisoned
@@ -385,11 +412,12 @@ def bounded_run(stage: int) -> list[Tensor]:
 def late_nan_matrix() -> dict[str, Any]:
     """Run on every rank: where the discriminator has stepped before the generator meets a NaN."""
     results: dict[str, Any] = {}
-    critics_only = plain_run("dclgan", range(STEPS), critics_only=frozenset({BAD})).parameters
+    critics_only = plain_run("cut", range(STEPS), critics_only=frozenset({BAD})).parameters
     for other, steps in (("dropped", {"dropped": frozenset({BAD})}), ("undisturbed", {})):
-        results[f"late nan, {other}"] = distance(critics_only, plain_run("dclgan", range(STEPS), **steps).parameters)
+        results[f"late nan, {other}"] = distance(critics_only, plain_run("cut", range(STEPS), **steps).parameters)
     for case in LATE_NAN_MATRIX:
-        results["late nan", case] = nan_run("dclgan", *case, rank_1_generator_loss_is_nan, critics_only)
+        poison = functools.partial(rank_1_generator_is_nan, case[0])
+        results["late nan", case] = nan_run("cut", *case[1:], poison, critics_only)
     return results
 
 
@@ -453,7 +481,8 @@ def one_method(name: str) -> dict[Any, Any]:
     for cell in cells_of(name):
         pieces = 2 * cell.accumulation if cell.precision == "bf16" and not whole_only else 1
         theirs = plain(cell.precision, pieces, cell.clipped)
-        ours, _ = engine_run(cell, steps, norms[cell.clipped])
+        ours, skipped = engine_run(cell, steps, norms[cell.clipped])
+        assert not any(skipped)
         if cell.precision == "bf16":
             moved = {key: theirs.parameters[key] - start[key] for key in start}
             between = apart(ours.parameters, theirs.parameters) * norm(theirs.parameters) / norm(moved)
@@ -463,10 +492,12 @@ def one_method(name: str) -> dict[Any, Any]:
         else:
             gradients = distance(ours.gradients, theirs.gradients) / largest(theirs.gradients)
             results[cell] = (gradients, distance(ours.parameters, theirs.parameters))
-    first = plain_run(name, steps[:1], adam=True).gradients
+    theirs = plain_run(name, steps, adam=True)
     for cell in [cell for cell in cells_of(name)[: len(STAGES)] if (name, cell.stage) in ADAM_MATRIX]:
-        adam, _ = engine_run(cell, steps[:1], adam=True)
-        results[name, cell.stage, "adam"] = distance(adam.gradients, first) / largest(first)
+        ours, skipped = engine_run(cell, steps, adam=True)
+        assert not any(skipped)
+        gradients = distance(ours.gradients, theirs.gradients) / largest(theirs.gradients)
+        results[name, cell.stage, "adam"] = (gradients, adams_distance(name, ours, theirs))
     return results
 
 
@@ -506,7 +537,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         first["deepspeed"].pop("buffer where nobody broadcasts"),
         second["deepspeed"].pop("buffer where nobody broadcasts"),
     )
-    assert first == second, "the ranks disagree"
+    assert repr(first) == repr(second), "the ranks disagree"  # as text, since NaN is not even equal to itself
     first["deepspeed"]["buffers where nobody broadcasts"] = silent
     assert isinstance(first, dict)
     return first
@@ -542,7 +573,7 @@ def test_two_ranks_equal_a_plain_loop(results: dict[Any, Any], cell: Cell) -> No
     assert min(results[cell.name, "moved"]) > 1e-3  # the loops went somewhere, so the distances below mean something
     gradients, parameters = results[cell]
     if cell.precision == "fp32":
-        assert max(gradients, parameters) <= 1e-6
+        assert gradients <= 1e-6 and parameters <= 1e-6
     else:
         most = bounds_in_bf16(cell)
         assert gradients <= most[0] and parameters <= most[1]
@@ -591,8 +622,15 @@ def test_every_option_meets_every_other_one_at_every_stage_with_several_methods(
 
 
 @pytest.mark.parametrize(("name", "stage"), ADAM_MATRIX)
-def test_adams_first_gradients_are_those_of_a_plain_loop(results: dict[Any, Any], name: str, stage: int) -> None:
-    assert results[name, stage, "adam"] <= 1e-6
+def test_adam_goes_where_a_plain_loop_goes(results: dict[Any, Any], name: str, stage: int) -> None:
+    """Its first gradients and, as a share of the learning rate, the parameters after another update with both sides.
+
+    Seen are 6e-5, which is how far apart fp32 numbers are near 1. Another beta, decay or count of steps shows from 1e-3
+    on, and so does ten times the epsilon, but with CycleGAN.
+    """
+    gradients, parameters = results[name, stage, "adam"]
+    assert gradients <= 1e-6
+    assert parameters <= 6e-4
 
 
 @pytest.mark.parametrize(("name", "stage"), RESUMED_MATRIX)
@@ -615,9 +653,10 @@ def test_a_nan_on_one_rank_drops_the_update_everywhere(
 
 
 @pytest.mark.parametrize("case", LATE_NAN_MATRIX)
-def test_a_nan_in_the_generators_loss_alone_leaves_the_critics_their_step(
-    results: dict[Any, Any], case: tuple[int, int, bool]
+def test_a_nan_in_the_generators_turn_alone_leaves_the_critics_their_step(
+    results: dict[Any, Any], case: tuple[str, int, int, bool]
 ) -> None:
+    """Whether the loss has it too or is finite, so that only the gradients tell."""
     assert min(results["late nan, dropped"], results["late nan, undisturbed"]) > 1e-3  # other loops go elsewhere
     difference, skipped = results["late nan", case]
     assert skipped == [(), ("generator",), ()]
@@ -629,7 +668,7 @@ def test_bounds_hold_and_decay_is_coupled_after_every_step(results: dict[Any, An
     """In the module and in the optimizer's own copy, which would bring back what only the module forgets."""
     after = [step[:5] for step in bounded_loop()]
     assert all(float(rho.min()) == 0.0 and float(rho.max()) == 1.0 for rho in after[:1])  # both bounds are reached
-    assert max(results[f"bounded {stage}"]) <= 1e-6
+    assert all(difference <= 1e-6 for difference in results[f"bounded {stage}"])
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
