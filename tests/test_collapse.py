@@ -46,6 +46,7 @@ def train(
         one.begin()
         step = update(method, sides, [batch], ImagePools((), 0, 0), seed=0, number=number, images_seen=number)
         one.note(step, number, number + 1, batch)
+        one.meter.end(number + 1)
         if (number + 1) % every == 0:
             one.write()
     assert one.metrics is not None

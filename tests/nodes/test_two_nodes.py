@@ -135,7 +135,7 @@ def test_a_cut_cable_ends_the_run_on_both_nodes(cluster: Cluster, of_one_node: d
     run = cluster.home / f"cut_{form}"
     endless = settings(schedule__constant_epochs=5000, output__keep_checkpoints=1000, engine__timeout_seconds=TIMEOUT)
     started = FORMS[form](cluster, run, endless)
-    started[0].wait_for(f"img {IMAGES + 2}/")
+    started[0].wait_for(f"images_{IMAGES:012d}. It took")  # it is on the disk
     assert "2 nodes, 2 ranks on " in started[0].text
     ranks = {f"rank on {node.name}": functools.partial(node.running, f" -u {SCRIPT}") for node in cluster.nodes}
     assert [count() for count in ranks.values()] == [1, 1]
