@@ -358,13 +358,17 @@ def ranks_of(family: list[psutil.Process]) -> list[psutil.Process]:
     return [one for one in found if one.ppid() not in pids]
 
 
+def loads_torch(rank: psutil.Process) -> bool:
+    return "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text()
+
+
 def test_a_launcher_that_is_killed_while_its_ranks_load_is_missed(dclgan: Path, tmp_path: Path) -> None:
     """Its ranks would wait for it until the timeout of collectives."""
     run = tmp_path / "run"
     words = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), SCRIPT, "--config", str(dclgan)]
     process = launch([*words, "--run-dir", str(run), *ENDLESS], tmp_path / "console")
-    until(lambda: len(ranks_of(psutil.Process(process.pid).children(recursive=True))) == 2)
-    time.sleep(0.3)  # they have noted who has started them, and load torch
+    # They have noted who has started them, and load torch.
+    until(lambda: sum(map(loads_torch, ranks_of(psutil.Process(process.pid).children(recursive=True)))) == 2)
     assert not (run / ".lock").exists()
     with family_of(process):
         process.signal(signal.SIGKILL)
