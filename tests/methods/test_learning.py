@@ -30,8 +30,8 @@ from tests.methods.plain_side import plain_sides
 
 # Shown to learn the map with the tests marked soak, half a minute each; in every run they learn a batch by heart. They
 # train with networks and terms of another one that does it in every run: CUT with one half of DCLGAN's and SimDCL with
-# all of them. CycleGAN, whose terms OP-GAN has too, U-GAT-IT and BicycleGAN wait there for the time that they take.
-SOAK = {"cut", "opgan", "simdcl", "cyclegan", "ugatit", "bicyclegan"}
+# all of them. CycleGAN, whose terms OP-GAN has too, pix2pix, U-GAT-IT and BicycleGAN wait there for the time they take.
+SOAK = {"cut", "opgan", "simdcl", "cyclegan", "pix2pix", "ugatit", "bicyclegan"}
 LABELLED = [name for name in CASES if "attributes" in METHODS[name].Config.model_fields]
 DOMAINS = [name for name in CASES if name not in LABELLED]
 WIDTH, BATCH, LABELLED_BATCH = 8, 2, 8
