@@ -106,7 +106,9 @@ class _Checkpoints:
             TrainingError: In the checkpoint a weight is not finite, which no later update mends.
         """
         own = [stop.asked, stop.launcher_lost, *self._saver.flags]
-        asked, stop.launcher_lost, *flags = any_rank(torch.tensor(own, device=self._run.device))
+        asked, lost, *flags = any_rank(torch.tensor(own, device=self._run.device))
+        if lost:  # never taken back: this rank may have noticed its own loss meanwhile
+            stop.launcher_lost = True
         self._reporter.meter.end(images_seen)
         self._tell(self._saver.advance(*flags))
         return asked

@@ -12,10 +12,13 @@ import socket
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
 
-from i2i_dist import checkpoint, stopping
+from i2i_dist import checkpoint, loop, stopping
 from i2i_dist.stopping import StopRequest, has_launcher, nobody_reads
 from tests.ranks import free_port
 from tests.train.runs import SCRIPT, Started, checkpoints, finish, launch, rows, settings, start_ranks
@@ -175,3 +178,20 @@ def test_a_lost_launcher_is_noted_before_it_is_told_of(monkeypatch: pytest.Monke
     for _ in range(2):  # the second time somebody had asked before
         stop._watch((2**22 + 1,))  # no process has such a number
     assert noted == [(True, True), (True, False)]
+
+
+def test_a_loss_that_is_noticed_while_flags_are_exchanged_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that takes as long as an update."""
+    stop = SimpleNamespace(asked=False, launcher_lost=False)
+
+    def exchange(flags: Tensor) -> list[bool]:
+        stop.launcher_lost = stop.asked = True
+        return [bool(flag) for flag in flags.tolist()]
+
+    monkeypatch.setattr(loop, "any_rank", exchange)
+    checkpoints = object.__new__(loop._Checkpoints)
+    checkpoints._run = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    checkpoints._saver = SimpleNamespace(flags=(False, False), advance=lambda *flags: None)  # type: ignore[assignment]
+    checkpoints._reporter = SimpleNamespace(meter=SimpleNamespace(end=lambda images: None))  # type: ignore[assignment]
+    assert not checkpoints.stop_asked(stop, 2)  # type: ignore[arg-type]
+    assert stop.launcher_lost
